@@ -1,0 +1,68 @@
+"""What the route handlers share: one `ServerContext` per app, found at `current_app.extensions["jaxserve"]`."""
+
+from __future__ import annotations
+
+from concurrent.futures import Executor
+from dataclasses import dataclass
+from typing import cast
+
+from quart import current_app
+
+from jaxserve.api.admission import Admission
+from jaxserve.api.metrics import Metrics
+from jaxserve.chat_template import ChatTemplate
+from jaxserve.config import ServerConfig
+from jaxserve.engine_client import EngineClient
+from jaxserve.generation_config import GenerationDefaults
+from jaxserve.tokenizer import Tokenizer
+
+EXTENSION = "jaxserve"
+
+
+@dataclass(kw_only=True)
+class ServerContext:
+    """Filled while the server starts; handlers that need the model run only once it is ready.
+
+    Attributes:
+        executor: threads for tokenization and template rendering, which must not hold the event loop.
+        created: whole Unix seconds at which the server started; the model cards' `created`.
+        system_fingerprint: `jaxserve-…`, one value per version and model.
+    """
+
+    config: ServerConfig
+    engine: EngineClient
+    metrics: Metrics
+    admission: Admission
+    executor: Executor
+    created: int
+    system_fingerprint: str
+    draining: bool = False
+    _tokenizer: Tokenizer | None = None
+    _chat_template: ChatTemplate | None = None
+    _generation_defaults: GenerationDefaults | None = None
+
+    def set_model(
+        self, tokenizer: Tokenizer, chat_template: ChatTemplate | None, defaults: GenerationDefaults
+    ) -> None:
+        """Called once, before the server says that it is ready."""
+        self._tokenizer, self._chat_template, self._generation_defaults = tokenizer, chat_template, defaults
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        assert self._tokenizer is not None, "a handler ran before the server was ready"
+        return self._tokenizer
+
+    @property
+    def chat_template(self) -> ChatTemplate | None:
+        """The template that requests without their own use; None if the model has none."""
+        return self._chat_template
+
+    @property
+    def generation_defaults(self) -> GenerationDefaults:
+        assert self._generation_defaults is not None, "a handler ran before the server was ready"
+        return self._generation_defaults
+
+
+def server_context() -> ServerContext:
+    """The context of the app that handles the current request."""
+    return cast(ServerContext, current_app.extensions[EXTENSION])

@@ -1,0 +1,192 @@
+"""Configuration: frozen dataclasses that check their values. The command line fills them and nothing else does."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from jaxserve.errors import ConfigError
+
+Dtype = Literal["auto", "bfloat16", "float16", "float32"]
+LoadFormat = Literal["auto", "safetensors", "gguf", "dummy"]
+LogprobsMode = Literal["raw", "processed"]
+
+
+def cache_dir() -> Path:
+    """Where jaxserve keeps what it can make again: the demo model and compiled programs."""
+    return Path(os.environ.get("JAXSERVE_CACHE") or Path.home() / ".cache" / "jaxserve").expanduser()
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineConfig:
+    """What the engine process is started with. None means: chosen for the model and the device.
+
+    Attributes:
+        model: directory in Hugging Face form, `.gguf` file, or hub id.
+        tokenizer: likewise; None means the model's own.
+        dtype: of weights, activations and (by default) the KV cache.
+        load_format: how the checkpoint is stored; "dummy" makes random weights of the right shape.
+        max_model_len: L, tokens of prompt and output together.
+        max_num_seqs: sequences that run at once.
+        max_num_batched_tokens: tokens that one step computes at most.
+        block_size: tokens of one KV block; a power of two.
+        memory_utilization: share of the device's memory to use, (0, 1].
+        kv_cache_memory_bytes: size of the KV pool; overrides memory_utilization.
+        enable_prefix_caching: reuse the KV blocks of equal prompt prefixes.
+        enable_chunked_prefill: compute a long prompt in several steps.
+        seed: seeds requests that bring no seed.
+        max_logprobs: the most top logprobs a request may ask for.
+        logprobs_mode: of the logits as they are, or of the distribution that was sampled from.
+        compilation_cache: keep compiled programs on disk.
+    """
+
+    model: str
+    tokenizer: str | None = None
+    dtype: Dtype = "auto"
+    load_format: LoadFormat = "auto"
+    max_model_len: int | None = None
+    max_num_seqs: int | None = None
+    max_num_batched_tokens: int | None = None
+    block_size: int | None = None
+    memory_utilization: float = 0.9
+    kv_cache_memory_bytes: int | None = None
+    enable_prefix_caching: bool = True
+    enable_chunked_prefill: bool = True
+    seed: int = 0
+    max_logprobs: int = 20
+    logprobs_mode: LogprobsMode = "raw"
+    compilation_cache: bool = True
+
+    def __post_init__(self) -> None:
+        _require(bool(self.model), "--model", self.model, "a directory, a .gguf file or a hub id")
+        _choice("--dtype", self.dtype, get_args(Dtype))
+        _choice("--load-format", self.load_format, get_args(LoadFormat))
+        _choice("--logprobs-mode", self.logprobs_mode, get_args(LogprobsMode))
+        for flag, value in (
+            ("--max-model-len", self.max_model_len),
+            ("--max-num-seqs", self.max_num_seqs),
+            ("--max-num-batched-tokens", self.max_num_batched_tokens),
+            ("--kv-cache-memory-bytes", self.kv_cache_memory_bytes),
+        ):
+            _require(value is None or value >= 1, flag, value, "an integer of at least 1")
+        power_of_two = self.block_size is None or (self.block_size >= 1 and self.block_size.bit_count() == 1)
+        _require(power_of_two, "--block-size", self.block_size, "a power of two")
+        utilization = self.memory_utilization
+        _require(0.0 < utilization <= 1.0, "--gpu-memory-utilization", utilization, "greater than 0 and at most 1")
+        _require(0 <= self.max_logprobs <= 100, "--max-logprobs", self.max_logprobs, "between 0 and 100")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SchedulerConfig:
+    """The limits that the scheduler and the block manager work under; all resolved.
+
+    Attributes:
+        max_model_len: tokens of one sequence at most.
+        max_num_seqs: sequences that run at once.
+        max_num_batched_tokens: token budget of one step.
+        block_size: tokens of one KV block.
+        num_blocks: KV blocks in the pool; block 0 is the null block that padding writes to, never handed out.
+    """
+
+    max_model_len: int
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    block_size: int
+    num_blocks: int
+    enable_prefix_caching: bool = True
+    enable_chunked_prefill: bool = True
+
+    def __post_init__(self) -> None:
+        usable_tokens = (self.num_blocks - 1) * self.block_size
+        if usable_tokens < self.max_model_len:
+            raise ConfigError(
+                f"The KV cache holds {max(usable_tokens, 0):,} tokens, less than one sequence of --max-model-len "
+                f"{self.max_model_len:,}: give it more memory (--kv-cache-memory-bytes, --gpu-memory-utilization) "
+                "or lower --max-model-len."
+            )
+        if not self.enable_chunked_prefill and self.max_num_batched_tokens < self.max_model_len:
+            raise ConfigError(
+                f"--no-enable-chunked-prefill needs --max-num-batched-tokens of at least --max-model-len "
+                f"{self.max_model_len:,}, got {self.max_num_batched_tokens:,}."
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServerConfig:
+    """What the API process is started with; the meaning of each is in docs/flags.md."""
+
+    engine: EngineConfig
+    served_model_names: tuple[str, ...] = ()  # empty: the value of --model
+    host: str = "127.0.0.1"
+    port: int = 8000
+    uds: str | None = None
+    api_keys: tuple[str, ...] = field(default=(), repr=False)
+    allowed_origins: tuple[str, ...] = ()
+    allowed_methods: tuple[str, ...] = ("*",)
+    allowed_headers: tuple[str, ...] = ("*",)
+    allow_credentials: bool = False
+    ssl_keyfile: str | None = None
+    ssl_certfile: str | None = None
+    ssl_ca_certs: str | None = None
+    root_path: str = ""
+    chat_template: str | None = None  # a file, or the template's text
+    response_role: str = "assistant"
+    default_chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
+    generation_config: str = "auto"  # "auto", "none", or a folder
+    override_generation_config: dict[str, Any] = field(default_factory=dict)
+    return_tokens_as_token_ids: bool = False
+    unknown_fields: Literal["reject", "ignore"] = "reject"
+    max_body_bytes: int = 4 << 20
+    max_connections: int = 1024
+    max_num_queued_reqs: int | None = None  # None: 4 × max_num_seqs
+    max_num_queued_tokens: int | None = None
+    request_timeout_s: float = 600.0  # 0: off
+    stall_timeout_s: float = 30.0  # a client that does not read
+    stall_limit_s: float = 60.0  # an engine that finishes no step
+    shutdown_timeout_s: float = 30.0
+    sse_keep_alive_interval_s: float = 0.0  # 0: off
+    enable_force_include_usage: bool = False
+    enable_log_requests: bool = False
+    disable_docs: bool = False
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+
+    def __post_init__(self) -> None:
+        _require(0 <= self.port <= 65535, "--port", self.port, "between 0 and 65535")
+        both = (self.ssl_keyfile is None) == (self.ssl_certfile is None)
+        _require(both, "--ssl-keyfile", self.ssl_keyfile, "given together with --ssl-certfile")
+        _choice("--unknown-fields", self.unknown_fields, ("reject", "ignore"))
+        _choice("--log-level", self.log_level, ("debug", "info", "warning", "error"))
+        for flag, value in (
+            ("--request-timeout", self.request_timeout_s),
+            ("--stall-timeout", self.stall_timeout_s),
+            ("--stall-limit", self.stall_limit_s),
+            ("--shutdown-timeout", self.shutdown_timeout_s),
+            ("--sse-keep-alive-interval", self.sse_keep_alive_interval_s),
+        ):
+            _require(0 <= value < float("inf"), flag, value, "a number of seconds, 0 or more")
+        for flag, count in (
+            ("--max-body-bytes", self.max_body_bytes),
+            ("--max-connections", self.max_connections),
+            ("--max-num-queued-reqs", self.max_num_queued_reqs),
+            ("--max-num-queued-tokens", self.max_num_queued_tokens),
+        ):
+            _require(count is None or count >= 1, flag, count, "an integer of at least 1")
+        _require(
+            not self.root_path or self.root_path.startswith("/"), "--root-path", self.root_path, 'a path that starts with "/"'
+        )
+
+    @property
+    def model_names(self) -> tuple[str, ...]:
+        """Names that requests may use; the first is the one in responses."""
+        return self.served_model_names or (self.engine.model,)
+
+
+def _require(ok: bool, flag: str, value: object, allowed: str) -> None:
+    if not ok:
+        raise ConfigError(f"{flag} must be {allowed}, got {value!r}.")
+
+
+def _choice(flag: str, value: str, allowed: tuple[str, ...]) -> None:
+    _require(value in allowed, flag, value, "one of " + ", ".join(allowed))
