@@ -1,0 +1,206 @@
+"""Which sequences run how many tokens in the next step; preemption when blocks run out.
+
+Continuous batching (Orca, OSDI '22) over a paged KV cache (PagedAttention, SOSP '23) with chunked prefill
+(Sarathi-Serve, OSDI '24). First come, first served: the oldest sequence always makes progress, and the
+youngest is the one that is preempted, so nobody starves.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from dataclasses import dataclass, field
+
+from jaxserve.block_manager import BlockCopy, BlockManager
+from jaxserve.config import SchedulerConfig
+from jaxserve.sequence import Sequence, SequenceStatus
+
+
+@dataclass(frozen=True, slots=True)
+class ScheduledRow:
+    """`num_tokens` tokens of `sequence`, from `sequence.num_computed_tokens` on."""
+
+    sequence: Sequence
+    num_tokens: int
+    copies: list[BlockCopy]
+
+    @property
+    def samples(self) -> bool:
+        """Whether the row's last token is the sequence's last one, so that a new token follows from it."""
+        return self.num_tokens == self.sequence.num_uncomputed_tokens and not self.sequence.siblings
+
+
+@dataclass(slots=True)
+class StepPlan:
+    """What one step computes. `rows` are ordered: those of one token first.
+
+    Attributes:
+        first_scheduled: sequences that run for the first time in this step.
+    """
+
+    rows: list[ScheduledRow] = field(default_factory=list)
+    first_scheduled: list[Sequence] = field(default_factory=list)
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(row.num_tokens for row in self.rows)
+
+
+class Scheduler:
+    """Owns the waiting queue and the running list, both ordered oldest first."""
+
+    def __init__(self, config: SchedulerConfig, block_manager: BlockManager) -> None:
+        self.config = config
+        self.block_manager = block_manager
+        self.waiting: deque[Sequence] = deque()
+        self.running: list[Sequence] = []
+        self.num_preemptions = 0
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self.running or self.waiting)
+
+    def add(self, sequence: Sequence) -> None:
+        """Append a sequence (with its siblings attached) to the waiting queue."""
+        self.waiting.append(sequence)
+
+    def schedule(self) -> StepPlan:
+        """Decide the next step; takes blocks, and preempts where they run out."""
+        rows: dict[Sequence, ScheduledRow] = {}
+        num_preemptions = self.num_preemptions
+        budget = self._schedule_running(rows, self.config.max_num_batched_tokens)
+        plan = StepPlan()
+        if self.num_preemptions == num_preemptions:  # else blocks are short: no newcomers
+            self._schedule_waiting(rows, budget, plan)
+        plan.rows = sorted(rows.values(), key=lambda row: row.num_tokens > 1)
+        return plan
+
+    def mark_computed(self, row: ScheduledRow) -> None:
+        """The step is done: the row's tokens have KV. Siblings join when the shared prompt is complete."""
+        sequence = row.sequence
+        before = sequence.num_computed_tokens
+        sequence.num_computed_tokens += row.num_tokens
+        self.block_manager.publish_full_blocks(sequence, before)
+        if sequence.siblings and sequence.num_tokens_to_schedule == 0:
+            self._fork_siblings(sequence)
+
+    def finish(self, sequence: Sequence) -> None:
+        """Take a finished sequence out; its blocks are free at once."""
+        if sequence in self.running:
+            self.running.remove(sequence)
+        elif sequence in self.waiting:
+            self.waiting.remove(sequence)
+        self.block_manager.free(sequence)
+
+    def abort(self, sequence: Sequence) -> None:
+        """Take a sequence out wherever it is. If others still hang on it, the first of them takes its place."""
+        if sequence.siblings:
+            heir, *rest = sequence.siblings
+            heir.siblings, sequence.siblings = rest, []
+            self.waiting.appendleft(heir)
+        sequence.finish("abort")
+        self.finish(sequence)
+
+    def check_integrity(self) -> None:
+        """Verify queues and blocks; called by tests after every step and by the idle engine.
+
+        Raises:
+            AssertionError: something is inconsistent.
+        """
+        assert all(s.status is SequenceStatus.RUNNING for s in self.running)
+        assert all(s.status is SequenceStatus.WAITING for s in self.waiting)
+        assert len(self.running) <= self.config.max_num_seqs
+        self.block_manager.check_integrity([*self.running, *self.waiting])
+
+    # --- the two passes -------------------------------------------------------------------------------------
+
+    def _schedule_running(self, rows: dict[Sequence, ScheduledRow], budget: int) -> int:
+        """Rows of one token first, so that a long prompt never stalls a stream."""
+        for sequence in sorted(self.running, key=lambda s: s.num_tokens_to_schedule > 1):
+            if budget == 0:
+                break
+            num_tokens = min(sequence.num_tokens_to_schedule, budget)
+            while sequence.status is SequenceStatus.RUNNING:  # until it has blocks, or was preempted itself
+                copies = self.block_manager.allocate(sequence, num_tokens)
+                if copies is not None:
+                    rows[sequence] = ScheduledRow(sequence, num_tokens, copies)
+                    budget -= num_tokens
+                    break
+                victim = self._youngest_with_blocks()
+                taken_back = rows.pop(victim, None)
+                budget += taken_back.num_tokens if taken_back else 0
+                self._preempt(victim)
+        return budget
+
+    def _schedule_waiting(self, rows: dict[Sequence, ScheduledRow], budget: int, plan: StepPlan) -> None:
+        while self.waiting and budget > 0 and len(self.running) < self.config.max_num_seqs:
+            sequence = self.waiting[0]
+            row = self._admit(sequence, budget)
+            if row is None:
+                break
+            self.waiting.popleft()
+            self.running.append(sequence)
+            sequence.status = SequenceStatus.RUNNING
+            if sequence.scheduled_at is None:
+                sequence.scheduled_at = time.monotonic()
+                plan.first_scheduled.append(sequence)
+            rows[sequence] = row
+            budget -= row.num_tokens
+
+    def _admit(self, sequence: Sequence, budget: int) -> ScheduledRow | None:
+        """The first row of a waiting sequence, or None if it must wait. It starts only when there are blocks
+        for all of its known tokens: starting earlier would only get it preempted halfway."""
+        looked_up = not sequence.block_table
+        num_cached = self.block_manager.take_cached_prefix(sequence) if looked_up else 0
+        if sequence.siblings and sequence.num_tokens_to_schedule == 0:  # nothing left to compute together
+            self._fork_siblings(sequence, behind_front=True)
+        wanted = sequence.num_tokens_to_schedule
+        enough = self._make_room(sequence)
+        if enough and (wanted <= budget or self.config.enable_chunked_prefill):
+            copies = self.block_manager.allocate(sequence, min(wanted, budget))
+            if copies is not None:
+                if looked_up and sequence.scheduled_at is None:
+                    sequence.num_cached_tokens = num_cached
+                    self.block_manager.count_lookup(len(sequence), num_cached)
+                return ScheduledRow(sequence, min(wanted, budget), copies)
+        if num_cached:
+            self.block_manager.free(sequence)  # it looks again when its turn comes
+        return None
+
+    # --- blocks ---------------------------------------------------------------------------------------------
+
+    def _make_room(self, sequence: Sequence) -> bool:
+        """Whether all known tokens of `sequence` fit. With nothing running they must: then forked sequences
+        that only wait give their blocks back."""
+        while self.block_manager.blocks_needed(sequence, sequence.num_uncomputed_tokens) > (
+            self.block_manager.num_free_blocks
+        ):
+            holder = next((s for s in reversed(self.waiting) if s.block_table and s is not sequence), None)
+            if self.running or holder is None:
+                return False
+            self.block_manager.free(holder)
+        return True
+
+    def _youngest_with_blocks(self) -> Sequence:
+        """The sequence to preempt: one that waits with shared blocks, else the youngest that runs."""
+        waiting = next((s for s in reversed(self.waiting) if s.block_table), None)
+        return waiting or self.running[-1]
+
+    def _preempt(self, sequence: Sequence) -> None:
+        """Free the blocks; a running sequence goes back to the front of the queue and is computed again."""
+        self.block_manager.free(sequence)
+        if sequence.status is SequenceStatus.RUNNING:
+            self.running.remove(sequence)
+            sequence.status = SequenceStatus.WAITING
+            self.waiting.appendleft(sequence)
+            self.num_preemptions += 1
+
+    def _fork_siblings(self, sequence: Sequence, *, behind_front: bool = False) -> None:
+        """Let the siblings share what is computed and queue them before all younger requests."""
+        siblings, sequence.siblings = sequence.siblings, []
+        front = self.waiting.popleft() if behind_front else None
+        for sibling in reversed(siblings):
+            self.block_manager.fork(sequence, sibling)
+            self.waiting.appendleft(sibling)
+        if front is not None:
+            self.waiting.appendleft(front)

@@ -1,0 +1,120 @@
+"""One stream of tokens: a request with n > 1 has n sequences that share a prompt."""
+
+from __future__ import annotations
+
+import hashlib
+from enum import Enum
+
+import numpy as np
+
+from jaxserve.messages import FinishReason
+from jaxserve.sampling_params import SamplingParams
+
+
+class SequenceStatus(Enum):
+    WAITING = "waiting"  # new, or preempted and waiting to be computed again
+    RUNNING = "running"
+    FINISHED = "finished"
+
+
+class Sequence:
+    """Tokens, block table and progress of one sequence.
+
+    There is no phase: a sequence has `num_uncomputed_tokens`, and prefill, chunked prefill and decode are
+    merely how many of them a step computes.
+
+    Attributes:
+        seed: int64 that, together with `index` and a token's position, determines every draw.
+        token_ids: prompt and output.
+        block_table: KV blocks in order of position; owned by the block manager.
+        num_computed_tokens: tokens whose KV is in the pool.
+        num_cached_tokens: prompt tokens whose KV came from the prefix cache when it was first scheduled.
+        siblings: sequences of the same request that have not been forked off yet. They join once everything
+            but the last prompt token is computed, sharing this sequence's blocks.
+        scheduled_at: `time.monotonic()` of its first step, None before.
+    """
+
+    __slots__ = (
+        "block_hashes", "block_table", "cache_salt", "eos_token_ids", "finish_reason", "index", "max_len",
+        "num_cached_tokens", "num_computed_tokens", "num_prompt_tokens", "params", "request_id", "scheduled_at",
+        "seed", "siblings", "status", "stop_reason", "token_ids",
+    )  # fmt: skip
+
+    def __init__(
+        self,
+        request_id: str,
+        index: int,
+        prompt_token_ids: list[int],
+        params: SamplingParams,
+        *,
+        seed: int,
+        max_model_len: int,
+        eos_token_ids: tuple[int, ...] = (),
+        cache_salt: str | None = None,
+    ) -> None:
+        self.request_id = request_id
+        self.index = index
+        self.params = params
+        self.seed = seed
+        self.eos_token_ids = eos_token_ids
+        self.cache_salt = cache_salt
+        self.token_ids = list(prompt_token_ids)
+        self.num_prompt_tokens = len(prompt_token_ids)
+        self.max_len = min(max_model_len, self.num_prompt_tokens + params.max_tokens)
+        self.block_table: list[int] = []
+        self.block_hashes: list[bytes] = []
+        self.num_computed_tokens = 0
+        self.num_cached_tokens = 0
+        self.siblings: list[Sequence] = []
+        self.scheduled_at: float | None = None
+        self.status = SequenceStatus.WAITING
+        self.finish_reason: FinishReason | None = None
+        self.stop_reason: int | None = None
+
+    def __len__(self) -> int:
+        return len(self.token_ids)
+
+    def __repr__(self) -> str:
+        return f"<Sequence {self.request_id}/{self.index} {self.num_computed_tokens}/{len(self)} {self.status.value}>"
+
+    @property
+    def num_uncomputed_tokens(self) -> int:
+        return len(self.token_ids) - self.num_computed_tokens
+
+    @property
+    def num_output_tokens(self) -> int:
+        return len(self.token_ids) - self.num_prompt_tokens
+
+    @property
+    def num_tokens_to_schedule(self) -> int:
+        """Tokens to compute next. A sequence with siblings stops before its last prompt token: from there
+        each of them goes its own way."""
+        if self.siblings:
+            return max(self.num_prompt_tokens - 1 - self.num_computed_tokens, 0)
+        return self.num_uncomputed_tokens
+
+    def append_token(self, token_id: int) -> None:
+        """Add a sampled token and decide whether it is the last one (contract §4.4: end of sequence, stop
+        token, length; stop strings are the detokenizing side's business)."""
+        self.token_ids.append(token_id)
+        if token_id in self.eos_token_ids and not self.params.ignore_eos:
+            self.finish("stop")
+        elif token_id in self.params.stop_token_ids:
+            self.finish("stop", stop_reason=token_id)
+        elif len(self.token_ids) >= self.max_len:
+            self.finish("length")
+
+    def finish(self, reason: FinishReason, *, stop_reason: int | None = None) -> None:
+        self.status = SequenceStatus.FINISHED
+        self.finish_reason = reason
+        self.stop_reason = stop_reason
+
+    def block_hash(self, block_index: int, block_size: int) -> bytes:
+        """Name of the block's content: SHA-256 over its parent's hash and its own tokens, so that it names the
+        whole prefix. The chain starts from the cache salt."""
+        while len(self.block_hashes) <= block_index:
+            i = len(self.block_hashes)
+            parent = self.block_hashes[-1] if i else hashlib.sha256((self.cache_salt or "").encode()).digest()
+            tokens = np.asarray(self.token_ids[i * block_size : (i + 1) * block_size], np.int32)
+            self.block_hashes.append(hashlib.sha256(parent + tokens.tobytes()).digest())
+        return self.block_hashes[block_index]
