@@ -1,0 +1,167 @@
+"""The engine process: `python -m jaxserve.engine_server SOCKET`.
+
+It connects to the API process's UNIX socket, reads its EngineConfig as the first frame, says EngineInfo when it is
+ready, and then steps while there is work. One thread reads the socket, one writes it, and the main thread steps:
+a slow reader on the other side never delays a step. The process ends when the socket closes.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import queue
+import signal
+import socket
+import sys
+import threading
+from typing import Any
+
+import msgspec
+
+from jaxserve.config import EngineConfig
+from jaxserve.errors import ConfigError, ModelLoadError, RequestError
+from jaxserve.messages import (
+    FRAME_HEADER,
+    MAX_FRAME_BYTES,
+    AbortRequest,
+    AddRequest,
+    EngineFailed,
+    FromEngine,
+    SequenceOutput,
+    Shutdown,
+    StartupPhase,
+    StepOutputs,
+    ToEngine,
+    encode_frame,
+)
+
+logger = logging.getLogger("jaxserve.engine")
+
+
+class Connection:
+    """Frames over a socket: `received` and `send` are queues, so that nobody waits for the other side."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self._socket = sock
+        self._outgoing: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
+        self.received: queue.SimpleQueue[ToEngine] = queue.SimpleQueue()
+        self._writer = threading.Thread(target=self._write_all, name="engine-writer", daemon=True)
+
+    def read_config(self) -> EngineConfig:
+        """The first frame.
+
+        Raises:
+            EOFError: the other side has gone.
+        """
+        body = self._read_frame()
+        fields: dict[str, Any] = msgspec.msgpack.decode(body)
+        return EngineConfig(**fields)
+
+    def start(self) -> None:
+        """Begin to read and write in the background."""
+        self._writer.start()
+        threading.Thread(target=self._read_all, name="engine-reader", daemon=True).start()
+
+    def send(self, message: FromEngine) -> None:
+        self._outgoing.put(encode_frame(message))
+
+    def flush(self, timeout_s: float = 5.0) -> None:
+        """Write what is queued, then stop writing."""
+        self._outgoing.put(None)
+        self._writer.join(timeout_s)
+
+    def _read_all(self) -> None:
+        decoder = msgspec.msgpack.Decoder(ToEngine)
+        try:
+            while True:
+                self.received.put(decoder.decode(self._read_frame()))
+        except (EOFError, OSError):
+            # nobody is left to serve, whatever the main thread is at: also in the middle of a compilation
+            os._exit(0)
+
+    def _write_all(self) -> None:
+        while (frame := self._outgoing.get()) is not None:
+            try:
+                self._socket.sendall(frame)
+            except OSError:
+                return  # the reader notices, too
+
+    def _read_frame(self) -> bytes:
+        (size,) = FRAME_HEADER.unpack(self._read_exactly(FRAME_HEADER.size))
+        if size > MAX_FRAME_BYTES:
+            raise EOFError
+        return self._read_exactly(size)
+
+    def _read_exactly(self, size: int) -> bytes:
+        chunks = bytearray()
+        while len(chunks) < size:
+            chunk = self._socket.recv(min(size - len(chunks), 1 << 20))
+            if not chunk:
+                raise EOFError
+            chunks += chunk
+        return bytes(chunks)
+
+
+def serve(connection: Connection, config: EngineConfig) -> None:
+    """Load, then step until told to end."""
+    from jaxserve.engine import Engine  # imports jax: only once the socket is there to report on it
+
+    def report(text: str) -> None:
+        connection.send(StartupPhase(text=text))
+
+    engine = Engine(config, report)
+    connection.send(engine.info())
+    while True:
+        while not engine.has_work or not connection.received.empty():
+            message = connection.received.get()
+            match message:
+                case AddRequest():
+                    try:
+                        engine.add_request(message)
+                    except RequestError as error:
+                        connection.send(_refusal(message, error, engine.stats()))
+                case AbortRequest():
+                    engine.abort_request(message)
+                    if not engine.has_work:
+                        connection.send(StepOutputs(outputs=[], stats=engine.stats()))
+                case Shutdown():
+                    return
+        connection.send(engine.step())
+
+
+def _refusal(request: AddRequest, error: RequestError, stats: Any) -> StepOutputs:  # noqa: ANN401
+    outputs = [
+        SequenceOutput(request.request_id, index, [], finish_reason="error", error=str(error))
+        for index in range(request.params.n)
+    ]
+    return StepOutputs(outputs=outputs, stats=stats)
+
+
+def main() -> int:
+    """Entry point; the exit status is 0 after Shutdown, 2 for a wrong model or flag, 1 for a defect."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the API process, which drains
+    logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    sock.connect(sys.argv[1])
+    connection = Connection(sock)
+    config = connection.read_config()
+    connection.start()
+    try:
+        serve(connection, config)
+    except (ConfigError, ModelLoadError) as error:
+        connection.send(EngineFailed(message=str(error), user_error=True))
+        connection.flush()
+        return 2
+    except Exception as error:
+        logger.exception("the engine failed")
+        connection.send(EngineFailed(message=f"{type(error).__name__}: the engine failed; see its log", user_error=False))
+        connection.flush()
+        return 1
+    connection.flush()
+    return 0
+
+
+if __name__ == "__main__":
+    status = main()
+    sys.stderr.flush()
+    os._exit(status)  # the reader thread may hold the socket; XLA's own threads need no farewell

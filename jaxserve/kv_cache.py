@@ -1,0 +1,109 @@
+"""The KV pool: shape, bytes, and how many blocks the device has room for."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+
+from jaxserve.errors import ConfigError
+from jaxserve.models.config import ModelConfig
+
+CPU_DEFAULT_POOL_BYTES = 4 << 30  # a CPU shares its memory with everything else on the machine
+
+
+@dataclass(frozen=True, kw_only=True)
+class KVCacheSpec:
+    """Shape of one layer's pool but for the number of blocks.
+
+    Attributes:
+        dtype: of K and V.
+        storage_dtype: of the array; uint16 on CPU for 16-bit floats (kernels/blocked_attention.py says why).
+    """
+
+    num_layers: int
+    num_kv_heads: int
+    head_dim: int
+    block_size: int
+    dtype: jnp.dtype
+    storage_dtype: jnp.dtype
+
+    @classmethod
+    def of(cls, config: ModelConfig, block_size: int, dtype: jnp.dtype, platform: str) -> KVCacheSpec:
+        as_bits = platform == "cpu" and dtype.itemsize == 2
+        return cls(
+            num_layers=config.num_layers,
+            num_kv_heads=config.num_kv_heads,
+            head_dim=config.head_dim,
+            block_size=block_size,
+            dtype=dtype,
+            storage_dtype=jnp.dtype(jnp.uint16) if as_bits else dtype,
+        )
+
+    @property
+    def bytes_per_block(self) -> int:
+        """Of all layers together."""
+        elements = 2 * self.num_kv_heads * self.block_size * self.head_dim
+        return self.num_layers * elements * self.dtype.itemsize
+
+    def layer_shape(self, num_blocks: int) -> tuple[int, ...]:
+        """[N, 2, K, B, D]: K and V of a block side by side."""
+        return (num_blocks, 2, self.num_kv_heads, self.block_size, self.head_dim)
+
+    def abstract(self, num_blocks: int) -> list[jax.ShapeDtypeStruct]:
+        return [jax.ShapeDtypeStruct(self.layer_shape(num_blocks), self.storage_dtype)] * self.num_layers
+
+    def allocate(self, num_blocks: int) -> list[jax.Array]:
+        """One zeroed pool per layer."""
+        return [jnp.zeros(self.layer_shape(num_blocks), self.storage_dtype) for _ in range(self.num_layers)]
+
+
+def num_blocks_for(
+    spec: KVCacheSpec, *, pool_bytes: int, max_useful_tokens: int
+) -> int:
+    """Blocks in a pool of `pool_bytes`, the null block included; not more than all sequences at their longest
+    (`max_useful_tokens`) could use.
+
+    Raises:
+        ConfigError: there is no room at all.
+    """
+    useful = -(-max_useful_tokens // spec.block_size) + 1
+    num_blocks = min(pool_bytes // spec.bytes_per_block, useful)
+    if num_blocks < 2:
+        raise ConfigError(
+            f"No memory for a KV cache: {max(pool_bytes, 0) / 2**20:,.0f} MiB are left and one block of "
+            f"{spec.block_size} tokens takes {spec.bytes_per_block / 2**20:,.1f} MiB. Raise "
+            "--gpu-memory-utilization or --kv-cache-memory-bytes, or use a device with more memory."
+        )
+    return num_blocks
+
+
+def free_device_bytes(device: jax.Device, memory_utilization: float) -> int:
+    """What jaxserve may take of the device's memory, as things are now.
+
+    Raises:
+        ConfigError: the device does not tell.
+    """
+    if device.platform == "cpu":
+        return int(memory_utilization * _available_host_bytes())
+    stats = device.memory_stats()
+    if not stats or "bytes_limit" not in stats:
+        raise ConfigError(f"{device.device_kind} does not tell its memory: give --kv-cache-memory-bytes.")
+    return int(memory_utilization * stats["bytes_limit"]) - int(stats["bytes_in_use"])
+
+
+def _available_host_bytes() -> int:
+    """MemAvailable, or what the control group leaves if that is less."""
+    available = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    meminfo = Path("/proc/meminfo")
+    if meminfo.exists():
+        for line in meminfo.read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                available = int(line.split()[1]) * 1024
+    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
+    if limit.exists() and used.exists() and (text := limit.read_text().strip()).isdigit():
+        available = min(available, int(text) - int(used.read_text()))
+    return available

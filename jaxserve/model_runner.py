@@ -1,0 +1,280 @@
+"""The only holder of device state: parameters, KV pool and one compiled program per bucket."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpy.typing as npt
+
+from jaxserve.compilation import CompilationCounter, enable_compilation_cache
+from jaxserve.config import EngineConfig, SchedulerConfig
+from jaxserve.errors import ConfigError
+from jaxserve.kv_cache import CPU_DEFAULT_POOL_BYTES, KVCacheSpec, free_device_bytes, num_blocks_for
+from jaxserve.messages import TopLogprobs
+from jaxserve.models.config import ModelConfig
+from jaxserve.models.llama import Llama, checkpoint_slots
+from jaxserve.models.loader import Checkpoint, load_params, open_checkpoint, resolve_model
+from jaxserve.sampling_params import SamplingParams
+from jaxserve.scheduler import ScheduledRow, StepPlan
+from jaxserve.sequence import Sequence
+from jaxserve.step import ModelDefinition, make_all_logits, make_step
+from jaxserve.step_inputs import StepShape, pack_step
+
+MAX_PROGRAMS = 8
+MIN_BUCKET = 8  # products of one row in bfloat16 are 10 × slower than of 8 on XLA:CPU
+COMPILE_THREADS = 2
+PROGRAM_BYTES_GUESS = 256 << 20
+
+Report = Callable[[str], None]
+"""Takes one line for the start-up log."""
+
+
+class PlatformDefaults(NamedTuple):
+    """What None in EngineConfig means on a platform."""
+
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    block_size: int
+
+
+PLATFORM_DEFAULTS = {"cpu": PlatformDefaults(64, 512, 16)}
+ACCELERATOR_DEFAULTS = PlatformDefaults(256, 2048, 32)
+
+
+class StepResult:
+    """What a step sampled, on the host: row r belongs to `plan.rows[r]`."""
+
+    def __init__(self, packed: npt.NDArray[np.int32], max_logprobs: int) -> None:
+        self._packed = packed
+        self._max_logprobs = max_logprobs
+
+    def token_id(self, row: int) -> int:
+        return int(self._packed[row, 0])
+
+    def logprobs(self, row: int, count: int) -> TopLogprobs:
+        """The sampled token's log-probability and rank, and the `count` most likely tokens."""
+        fields, L = self._packed[row], self._max_logprobs
+        return TopLogprobs(
+            logprob=float(fields[1:2].view(np.float32)[0]),
+            rank=int(fields[2]),
+            top_ids=fields[3 : 3 + count].tolist(),
+            top_logprobs=fields[3 + L : 3 + L + count].view(np.float32).tolist(),
+        )
+
+
+class ModelRunner:
+    """Loads the model, compiles every program, allocates the pool; then runs steps and nothing else.
+
+    Attributes:
+        model_config: of the checkpoint.
+        limits: resolved; what the scheduler works under.
+        compilations: counts what XLA compiled since the runner was ready.
+    """
+
+    def __init__(self, config: EngineConfig, report: Report = lambda _: None) -> None:
+        self.config = config
+        self.device = jax.devices()[0]
+        self.compilations = CompilationCounter()
+        if config.compilation_cache:
+            enable_compilation_cache()
+        path = resolve_model(config.model)
+        checkpoint = open_checkpoint(path, config.load_format)
+        self.model_config = checkpoint.config
+        self.dtype = _resolve_dtype(config, self.model_config, self.device)
+        self.max_model_len = _resolve_max_model_len(config, self.model_config)
+        defaults = PLATFORM_DEFAULTS.get(self.device.platform, ACCELERATOR_DEFAULTS)
+        self.block_size = config.block_size or defaults.block_size
+        self._max_num_seqs = config.max_num_seqs or defaults.max_num_seqs
+        chunk = defaults.max_num_batched_tokens if config.enable_chunked_prefill else self.max_model_len
+        self.buckets = token_buckets(config.max_num_batched_tokens or chunk)
+        self._definition = ModelDefinition.of(
+            lambda: Llama(self.model_config, dtype=self.dtype, max_model_len=self.max_model_len)
+        )
+        self._spec = KVCacheSpec.of(self.model_config, self.block_size, self.dtype, self.device.platform)
+        self._free_bytes = None if config.kv_cache_memory_bytes else free_device_bytes(self.device, config.memory_utilization)
+        with ThreadPoolExecutor(COMPILE_THREADS + 1, thread_name_prefix="startup") as pool:
+            loading = pool.submit(self._load, checkpoint, report)
+            programs, num_blocks = self._compile_all(pool, report)
+            self._leaves = loading.result()
+        self.limits = SchedulerConfig(
+            max_model_len=self.max_model_len,
+            max_num_seqs=self._max_num_seqs,
+            max_num_batched_tokens=self.buckets[-1],
+            block_size=self.block_size,
+            num_blocks=num_blocks,
+            enable_prefix_caching=config.enable_prefix_caching,
+            enable_chunked_prefill=config.enable_chunked_prefill,
+        )
+        self._programs = programs
+        self._kv_pools = self._spec.allocate(num_blocks)
+        for bucket in self.buckets:  # the first call of a program pays for what later ones find ready
+            self._execute(bucket, np.zeros(self._step_shape(bucket).size, np.int32))
+        self.compilations.reset()
+
+    def run(self, plan: StepPlan) -> StepResult:
+        """Compute one step: one transfer in, one program, one small transfer out."""
+        bucket = next(b for b in self.buckets if b >= plan.num_tokens)
+        packed = pack_step(plan, self._step_shape(bucket), self.block_size)
+        return StepResult(self._execute(bucket, packed), self.config.max_logprobs)
+
+    def describe_kv_cache(self) -> str:
+        """One line for the log."""
+        usable = self.limits.num_blocks - 1
+        tokens, size = usable * self.block_size, usable * self._spec.bytes_per_block
+        fit = tokens // self.max_model_len
+        return (
+            f"KV cache: {usable:,} blocks of {self.block_size} = {tokens:,} tokens, {size / 2**30:.1f} GiB; "
+            f"{fit:,} sequence{'s' if fit != 1 else ''} of {self.max_model_len:,} fit"
+        )
+
+    def prompt_logits(self, prompt_token_ids: list[int]) -> npt.NDArray[np.float32]:
+        """Logits of every position, float32 [P, V], computed in chunks like any prompt. Compiles: for tests."""
+        sequence = Sequence("", 0, prompt_token_ids, SamplingParams(), seed=0, max_model_len=self.max_model_len)
+        sequence.block_table = list(range(1, 1 + _ceil_div(len(sequence), self.block_size)))
+        chunks = []
+        while sequence.num_uncomputed_tokens:
+            num_tokens = min(sequence.num_uncomputed_tokens, self.buckets[-1])
+            shape = self._step_shape(next(b for b in self.buckets if b >= num_tokens))
+            program = jax.jit(make_all_logits(self._definition, shape), donate_argnums=1)
+            packed = pack_step(StepPlan([ScheduledRow(sequence, num_tokens, [])]), shape, self.block_size)
+            logits, self._kv_pools = program(self._leaves, self._kv_pools, jnp.asarray(packed))
+            chunks.append(np.asarray(logits[:num_tokens]))
+            sequence.num_computed_tokens += num_tokens
+        return np.concatenate(chunks)
+
+    # --- start --------------------------------------------------------------------------------------------
+
+    def _load(self, checkpoint: Checkpoint, report: Report) -> list[jax.Array]:
+        started = time.monotonic()
+        params = load_params(
+            checkpoint,
+            checkpoint_slots(self.model_config),
+            dict(zip(self._definition.names, self._definition.shapes, strict=True)),
+            np.dtype(self.dtype),
+            lambda _, array: jax.device_put(array, self.device),
+        )
+        leaves = jax.block_until_ready([params[name] for name in self._definition.names])
+        report(f"loaded {sum(x.nbytes for x in leaves) / 2**20:,.0f} MiB of weights in {_seconds_since(started)}")
+        return leaves
+
+    def _compile_all(self, pool: ThreadPoolExecutor, report: Report) -> tuple[dict[int, jax.stages.Compiled], int]:
+        """All programs, and the number of blocks that they are compiled for.
+
+        The number is part of the programs' shape and depends on the memory that they need, so the largest one
+        is compiled for a guess first; its own figures then confirm or correct it.
+        """
+        started = time.monotonic()
+        largest = self.buckets[-1]
+        guess = self._num_blocks(program_bytes=PROGRAM_BYTES_GUESS)
+        first = pool.submit(self._compile, largest, guess)
+        others = {b: pool.submit(self._compile, b, guess) for b in reversed(self.buckets[:-1])}
+        num_blocks = self._num_blocks(program_bytes=_program_bytes(first.result()))
+        programs = {largest: first.result()} | {b: future.result() for b, future in others.items()}
+        if num_blocks < guess or num_blocks > 1.05 * guess:
+            futures = {b: pool.submit(self._compile, b, num_blocks) for b in reversed(self.buckets)}
+            programs = {b: future.result() for b, future in futures.items()}
+        else:
+            num_blocks = guess
+        report(f"compiled {len(programs)} programs ({', '.join(map(str, self.buckets))} tokens) in {_seconds_since(started)}")
+        return programs, num_blocks
+
+    def _compile(self, bucket: int, num_blocks: int) -> jax.stages.Compiled:
+        shape = self._step_shape(bucket)
+        step = make_step(
+            self._definition,
+            shape,
+            max_logprobs=self.config.max_logprobs,
+            processed_logprobs=self.config.logprobs_mode == "processed",
+        )
+        leaves = [jax.ShapeDtypeStruct(s, self.dtype) for s in self._definition.shapes]
+        packed = jax.ShapeDtypeStruct((shape.size,), jnp.int32)
+        with jax.default_device(self.device):
+            lowered = jax.jit(step, donate_argnums=1).lower(leaves, self._spec.abstract(num_blocks), packed)
+            return lowered.compile()
+
+    def _execute(self, bucket: int, packed: npt.NDArray[np.int32]) -> npt.NDArray[np.int32]:
+        outputs, self._kv_pools = self._programs[bucket](self._leaves, self._kv_pools, packed)
+        return np.asarray(outputs)
+
+    def _step_shape(self, bucket: int) -> StepShape:
+        num_rows = _round_up(min(bucket, self._max_num_seqs), MIN_BUCKET)
+        return StepShape(bucket, num_rows, _ceil_div(self.max_model_len, self.block_size))
+
+    def _num_blocks(self, *, program_bytes: int) -> int:
+        if self._free_bytes is None:
+            assert self.config.kv_cache_memory_bytes is not None
+            pool_bytes = self.config.kv_cache_memory_bytes
+        else:
+            weight_bytes = sum(int(np.prod(s)) for s in self._definition.shapes) * self.dtype.itemsize
+            pool_bytes = self._free_bytes - weight_bytes - program_bytes
+            if self.device.platform == "cpu":
+                pool_bytes = min(pool_bytes, CPU_DEFAULT_POOL_BYTES)
+        return num_blocks_for(
+            self._spec, pool_bytes=pool_bytes, max_useful_tokens=self._max_num_seqs * self.max_model_len
+        )
+
+
+def token_buckets(max_num_batched_tokens: int) -> list[int]:
+    """Token counts that programs are compiled for: powers of two up to the budget, thinned out from below the
+    largest if they are more than MAX_PROGRAMS."""
+    largest = _round_up(max_num_batched_tokens, MIN_BUCKET)
+    buckets = [largest]
+    size = MIN_BUCKET
+    while size < largest:
+        buckets.append(size)
+        size *= 2
+    buckets.sort()
+    while len(buckets) > MAX_PROGRAMS:
+        del buckets[-3]  # few steps are between a full chunk and a full batch of decodes
+    return buckets
+
+
+def prompt_logits(config: EngineConfig, prompts: list[list[int]]) -> list[npt.NDArray[np.float32]]:
+    """Logits of every position of whole prompts, [P, V] each: the model through the serving step's own code,
+    for tests and comparisons."""
+    runner = ModelRunner(config)
+    return [runner.prompt_logits(prompt) for prompt in prompts]
+
+
+def _resolve_dtype(config: EngineConfig, model: ModelConfig, device: jax.Device) -> jnp.dtype:
+    """auto: the checkpoint's, but for float16 on devices without fast float16."""
+    if config.dtype != "auto":
+        return jnp.dtype(config.dtype)
+    if model.dtype == "float16" and device.platform in ("cpu", "tpu"):
+        return jnp.dtype("bfloat16")
+    return jnp.dtype(model.dtype)
+
+
+def _resolve_max_model_len(config: EngineConfig, model: ModelConfig) -> int:
+    if config.max_model_len is None:
+        return model.max_position_embeddings
+    if config.max_model_len > model.max_position_embeddings:
+        raise ConfigError(
+            f"--max-model-len {config.max_model_len:,} is more than the {model.max_position_embeddings:,} positions "
+            "that the model was trained for."
+        )
+    return config.max_model_len
+
+
+def _program_bytes(program: jax.stages.Compiled) -> int:
+    """Memory that a run takes beside its arguments."""
+    memory = program.memory_analysis()
+    return int(memory.temp_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes)
+
+
+def _seconds_since(started: float) -> str:
+    return f"{time.monotonic() - started:.1f} s"
+
+
+def _ceil_div(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def _round_up(a: int, multiple: int) -> int:
+    return _ceil_div(a, multiple) * multiple

@@ -1,0 +1,69 @@
+"""Layers of a decoder-only transformer in `flax.nnx`.
+
+Weights keep the checkpoint's layout [out, in] and are contracted on the last axis of both: XLA:CPU runs that
+form fastest, and nothing needs a transpose while loading. Products accumulate in float32; asking for a
+bfloat16 result directly makes XLA:CPU fall off its fast path (12 × slower for the output layer).
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+
+
+def matmul(x: jax.Array, weight: jax.Array) -> jax.Array:
+    """x [T, in] · weight [out, in] → [T, out] float32."""
+    precision = lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
+    dims = (((1,), (1,)), ((), ()))
+    return lax.dot_general(x, weight, dims, precision=precision, preferred_element_type=jnp.float32)
+
+
+class Linear(nnx.Module):
+    """x [T, in] → [T, out] in x's dtype."""
+
+    def __init__(self, in_features: int, out_features: int, *, bias: bool, dtype: jnp.dtype) -> None:
+        self.weight = nnx.Param(jnp.zeros((out_features, in_features), dtype))
+        self.bias = nnx.Param(jnp.zeros((out_features,), dtype)) if bias else None
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        out = matmul(x, self.weight[...])
+        if self.bias is not None:
+            out += self.bias[...].astype(jnp.float32)
+        return out.astype(x.dtype)
+
+
+class Embedding(nnx.Module):
+    """Token ids [T] → [T, E]."""
+
+    def __init__(self, num_embeddings: int, features: int, *, dtype: jnp.dtype) -> None:
+        self.weight = nnx.Param(jnp.zeros((num_embeddings, features), dtype))
+
+    def __call__(self, token_ids: jax.Array) -> jax.Array:
+        return self.weight[...].at[token_ids].get(mode="clip")
+
+
+class RMSNorm(nnx.Module):
+    """Root-mean-square normalization (Zhang & Sennrich 2019), computed in float32."""
+
+    def __init__(self, features: int, *, eps: float, dtype: jnp.dtype) -> None:
+        self.weight = nnx.Param(jnp.zeros((features,), dtype))
+        self.eps = eps
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        y = x.astype(jnp.float32)
+        y = y * lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + self.eps)
+        return self.weight[...] * y.astype(x.dtype)
+
+
+def rotary_embedding(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+    """Rotate pairs (i, i + D/2) of every head (RoPE, Su et al. 2021, in the half-split form of Llama).
+
+    Args:
+        x: [T, heads, D].
+        cos, sin: [T, D/2] float32.
+    """
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    cos, sin = cos[:, None], sin[:, None]
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)

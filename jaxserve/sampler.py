@@ -1,0 +1,217 @@
+"""Logits → tokens and log-probabilities: pure functions inside the jitted step; every option is data.
+
+Nothing here sorts the vocabulary. Candidates come from one `top_k`; where they do not cover a row's top-p or
+top-k set, the row's threshold is found by bisection. A token is drawn by inverting the cumulative distribution
+with one uniform number per row, so that a draw is a function of (seed, choice, position) and the row's own
+logits alone. Work that no row asks for is skipped at run time.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jaxserve.sampling_params import GREEDY_EPSILON
+
+NUM_CANDIDATES = 1024  # covers almost every top-p set of a trained model
+NUM_GROUPS = 128  # rows of the two-level cumulative sum
+BISECTION_STEPS = 32  # one per bit of a float32
+
+
+class SamplingInputs(NamedTuple):
+    """Per row, [S] each. `position`: that of the token to be sampled. `num_logprobs`: −1 means none."""
+
+    temperature: jax.Array  # float32; below GREEDY_EPSILON: greedy
+    top_p: jax.Array  # float32
+    min_p: jax.Array  # float32
+    top_k: jax.Array  # int32; 0: off
+    seed_low: jax.Array  # uint32
+    seed_high: jax.Array  # uint32
+    choice: jax.Array  # int32
+    position: jax.Array  # int32
+    num_logprobs: jax.Array  # int32
+
+
+class SampleOutputs(NamedTuple):
+    """token_ids, logprobs, ranks: [S]; top_ids, top_logprobs: [S, L]. All but token_ids are meaningful
+    only in rows that asked for logprobs."""
+
+    token_ids: jax.Array
+    logprobs: jax.Array
+    ranks: jax.Array
+    top_ids: jax.Array
+    top_logprobs: jax.Array
+
+
+def sample(logits: jax.Array, inputs: SamplingInputs, *, max_logprobs: int, processed_logprobs: bool) -> SampleOutputs:
+    """Draw one token per row.
+
+    Args:
+        logits: [S, V] float32.
+        max_logprobs: L, static.
+        processed_logprobs: report the distribution that was sampled from instead of the raw one; static.
+    """
+    S, V = logits.shape
+    random = inputs.temperature >= GREEDY_EPSILON
+    greedy_ids = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+
+    def draw() -> tuple[jax.Array, jax.Array]:
+        scaled, keep = _processed(logits, inputs, random)
+        return jnp.where(random, _draw(scaled, keep, _uniforms(inputs)), greedy_ids), _masked(scaled, keep)
+
+    if processed_logprobs:
+        token_ids, reported = lax.cond(jnp.any(random), draw, lambda: (greedy_ids, logits))
+    else:
+        token_ids = lax.cond(jnp.any(random), lambda: draw()[0], lambda: greedy_ids)
+        reported = logits
+
+    def logprobs() -> tuple[jax.Array, ...]:
+        return _logprobs(reported, token_ids, max_logprobs)
+
+    def no_logprobs() -> tuple[jax.Array, ...]:
+        none = jnp.zeros((S, max_logprobs))
+        return jnp.zeros(S), jnp.zeros(S, jnp.int32), none.astype(jnp.int32), none
+
+    wanted = jnp.any(inputs.num_logprobs >= 0)
+    return SampleOutputs(token_ids, *lax.cond(wanted, logprobs, no_logprobs))
+
+
+def _processed(logits: jax.Array, inputs: SamplingInputs, random: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Scaled logits and the mask of tokens that may be drawn, [S, V] each: temperature, top-k, top-p, min-p
+    in this order. Greedy rows pass unchanged."""
+    V = logits.shape[-1]
+    scaled = logits / jnp.where(random, inputs.temperature, 1.0)[:, None]
+    top_k = jnp.where(random & (inputs.top_k > 0) & (inputs.top_k < V), inputs.top_k, V)
+    top_p = jnp.where(random, inputs.top_p, 1.0)
+    peak = jnp.max(scaled, axis=-1, keepdims=True)
+    keep = lax.cond(
+        jnp.any((top_k < V) | (top_p < 1.0)),
+        lambda: _top_k_top_p_mask(scaled, peak, top_k, top_p),
+        lambda: jnp.ones(scaled.shape, bool),
+    )
+    min_p = jnp.where(random, inputs.min_p, 0.0)
+    return scaled, keep & (scaled >= peak + jnp.log(min_p)[:, None])
+
+
+def _masked(scaled: jax.Array, keep: jax.Array) -> jax.Array:
+    return jnp.where(keep, scaled, -jnp.inf)
+
+
+def _top_k_top_p_mask(scaled: jax.Array, peak: jax.Array, top_k: jax.Array, top_p: jax.Array) -> jax.Array:
+    """[S, V] mask of the `top_k` likeliest tokens and, within them, of the smallest set of likeliest tokens
+    with a mass of at least `top_p`; the lowest ids win a tie."""
+    S, V = scaled.shape
+    num_candidates = min(NUM_CANDIDATES, V)
+    values, ids = lax.top_k(scaled, num_candidates)  # ties: lower id first
+    mass = jnp.cumsum(jnp.exp(values - peak), axis=-1)
+    total = jnp.sum(jnp.exp(scaled - peak), axis=-1)
+    within_k = jnp.take_along_axis(mass, jnp.minimum(top_k, num_candidates)[:, None] - 1, axis=-1)[:, 0]
+    # top-p cuts what top-k left; without top-k that is everything
+    target = top_p * jnp.where(top_k <= num_candidates, within_k, total)
+    size_p = jnp.sum(mass < target[:, None], axis=-1) + 1
+    size = jnp.minimum(jnp.where(top_p < 1.0, size_p, V), top_k)
+    unfiltered = (top_k >= V) & (top_p >= 1.0)
+    covered = unfiltered | (top_k <= num_candidates) | ((top_k >= V) & (size_p <= num_candidates))
+    last = jnp.minimum(size, num_candidates)[:, None] - 1
+    threshold = jnp.where(unfiltered[:, None], -jnp.inf, jnp.take_along_axis(values, last, axis=-1))
+    last_id = jnp.where(unfiltered[:, None], V, jnp.take_along_axis(ids, last, axis=-1))
+
+    def bisected() -> tuple[jax.Array, jax.Array]:
+        found = _bisect_threshold(scaled, peak, top_k, top_p)
+        select = covered[:, None]
+        return jnp.where(select, threshold, found), jnp.where(select, last_id, V)
+
+    threshold, last_id = lax.cond(jnp.all(covered), lambda: (threshold, last_id), bisected)
+    token_ids = jnp.arange(V, dtype=jnp.int32)
+    return (scaled > threshold) | ((scaled == threshold) & (token_ids <= last_id))
+
+
+def _bisect_threshold(scaled: jax.Array, peak: jax.Array, top_k: jax.Array, top_p: jax.Array) -> jax.Array:
+    """[S, 1]: the largest value t for which {scaled ≥ t} holds top_k tokens, or a mass of top_p of them.
+
+    Bisects the bits of the float, in the order-preserving integer form, so that the answer is exact.
+    """
+    keys = _sortable(scaled)
+    weights = jnp.exp(scaled - peak)
+
+    def largest(satisfied: object) -> jax.Array:
+        def body(_: jax.Array, bounds: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+            low, high = bounds  # satisfied at low, not at high
+            middle = low + ((high - low) >> 1)
+            ok = satisfied(middle)  # type: ignore[operator]
+            return jnp.where(ok, middle, low), jnp.where(ok, high, middle)
+
+        low = jnp.zeros((scaled.shape[0], 1), jnp.uint32)
+        high = jnp.full_like(low, jnp.iinfo(jnp.uint32).max)
+        return lax.fori_loop(0, BISECTION_STEPS, body, (low, high))[0]
+
+    by_k = largest(lambda t: jnp.sum(keys >= t, axis=-1, keepdims=True) >= top_k[:, None])
+    in_k = jnp.where(keys >= by_k, weights, 0.0)
+    target = top_p[:, None] * jnp.sum(in_k, axis=-1, keepdims=True)
+    by_p = largest(lambda t: jnp.sum(jnp.where(keys >= t, in_k, 0.0), axis=-1, keepdims=True) >= target)
+    return _from_sortable(jnp.where(top_p[:, None] < 1.0, jnp.maximum(by_k, by_p), by_k))
+
+
+def _sortable(x: jax.Array) -> jax.Array:
+    """float32 → uint32 that sorts the same way."""
+    bits = lax.bitcast_convert_type(x, jnp.uint32)
+    return jnp.where(bits >> 31 == 1, ~bits, bits | jnp.uint32(1 << 31))
+
+
+def _from_sortable(keys: jax.Array) -> jax.Array:
+    bits = jnp.where(keys >> 31 == 1, keys & jnp.uint32((1 << 31) - 1), ~keys)
+    return lax.bitcast_convert_type(bits, jnp.float32)
+
+
+def _uniforms(inputs: SamplingInputs) -> jax.Array:
+    """[S] in [0, 1): a function of (seed, choice, position) alone (counter-based Threefry, Salmon et al. 2011)."""
+
+    def one(low: jax.Array, high: jax.Array, choice: jax.Array, position: jax.Array) -> jax.Array:
+        key = jax.random.wrap_key_data(jnp.stack([high, low]), impl="threefry2x32")
+        return jax.random.uniform(jax.random.fold_in(jax.random.fold_in(key, choice), position))
+
+    return jax.vmap(one)(inputs.seed_low, inputs.seed_high, inputs.choice, inputs.position)
+
+
+def _draw(scaled: jax.Array, keep: jax.Array, uniforms: jax.Array) -> jax.Array:
+    """[S] token ids: the first whose cumulative probability exceeds the row's uniform number.
+
+    The vocabulary is taken column by column of a [NUM_GROUPS, columns] table: columns are summed first, and
+    only the chosen column is then summed token by token.
+    """
+    S, V = scaled.shape
+    masked = _masked(scaled, keep)
+    weights = jnp.exp(masked - jnp.max(masked, axis=-1, keepdims=True))
+    num_columns = -(-V // NUM_GROUPS)
+    # token id = row * num_columns + column; summing over rows is the direction that vectorizes
+    table = jnp.pad(weights, ((0, 0), (0, NUM_GROUPS * num_columns - V))).reshape(S, NUM_GROUPS, num_columns)
+    cumulative = jnp.cumsum(jnp.sum(table, axis=1), axis=-1)  # [S, columns]
+    target = uniforms * cumulative[:, -1]
+    column = jnp.sum(cumulative <= target[:, None], axis=-1)
+    column = jnp.minimum(column, num_columns - 1)
+    before = jnp.where(column > 0, jnp.take_along_axis(cumulative, jnp.maximum(column - 1, 0)[:, None], 1)[:, 0], 0.0)
+    members = jnp.take_along_axis(table, column[:, None, None], axis=2)[:, :, 0]  # [S, NUM_GROUPS]
+    within = jnp.cumsum(members, axis=-1)
+    row = jnp.sum(within <= (target - before)[:, None], axis=-1)
+    # the two sums round differently: never step past the last token that can be drawn
+    last_row = NUM_GROUPS - 1 - jnp.argmax(members[:, ::-1] > 0, axis=-1)
+    return (jnp.minimum(row, last_row) * num_columns + column).astype(jnp.int32)
+
+
+def _logprobs(logits: jax.Array, token_ids: jax.Array, max_logprobs: int) -> tuple[jax.Array, ...]:
+    """(logprob [S], rank [S], top ids [S, L], top logprobs [S, L]), natural logarithms of log_softmax."""
+    normalizer = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
+    chosen = jnp.take_along_axis(logits, token_ids[:, None], axis=-1)
+    rank = 1 + jnp.sum(logits > chosen, axis=-1)
+    k = min(max_logprobs, logits.shape[-1])
+    values, ids = lax.top_k(logits, k)
+    pad = ((0, 0), (0, max_logprobs - k))
+    return (
+        (chosen - normalizer)[:, 0],
+        rank.astype(jnp.int32),
+        jnp.pad(ids.astype(jnp.int32), pad),
+        jnp.pad(values - normalizer, pad, constant_values=-jnp.inf),
+    )

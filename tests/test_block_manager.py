@@ -1,0 +1,296 @@
+"""Block manager and scheduler as a state machine: no block is lost, shared by accident, or kept when idle."""
+
+from __future__ import annotations
+
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, rule
+
+from jaxserve.block_manager import NULL_BLOCK, BlockManager
+from jaxserve.config import SchedulerConfig
+from jaxserve.sampling_params import SamplingParams
+from jaxserve.scheduler import Scheduler, StepPlan
+from jaxserve.sequence import Sequence, SequenceStatus
+
+BLOCK_SIZE = 4
+MAX_MODEL_LEN = 24
+
+
+def make_sequence(
+    name: str, prompt: list[int], *, n: int = 1, max_tokens: int = 8, salt: str | None = None
+) -> Sequence:
+    """The first sequence of a request with its siblings attached."""
+    sequences = [
+        Sequence(
+            name,
+            i,
+            prompt,
+            SamplingParams(max_tokens=max_tokens, n=n),
+            seed=0,
+            max_model_len=MAX_MODEL_LEN,
+            eos_token_ids=(0,),
+            cache_salt=salt,
+        )
+        for i in range(n)
+    ]
+    sequences[0].siblings = sequences[1:]
+    return sequences[0]
+
+
+def make_scheduler(
+    *, num_blocks: int = 13, max_num_seqs: int = 4, budget: int = 8, caching: bool = True, chunked: bool = True
+) -> Scheduler:
+    config = SchedulerConfig(
+        max_model_len=MAX_MODEL_LEN,
+        max_num_seqs=max_num_seqs,
+        max_num_batched_tokens=budget,
+        block_size=BLOCK_SIZE,
+        num_blocks=num_blocks,
+        enable_prefix_caching=caching,
+        enable_chunked_prefill=chunked,
+    )
+    return Scheduler(config, BlockManager(config))
+
+
+def run_step(scheduler: Scheduler, next_token: int = 1) -> StepPlan:
+    """Schedule and pretend that the device sampled `next_token` in every row that samples."""
+    plan = scheduler.schedule()
+    sampled = [row for row in plan.rows if row.samples]
+    for row in plan.rows:
+        scheduler.mark_computed(row)
+    for row in sampled:
+        row.sequence.append_token(next_token)
+        if row.sequence.status is SequenceStatus.FINISHED:
+            scheduler.finish(row.sequence)
+    return plan
+
+
+class EngineStates(RuleBasedStateMachine):
+    """Random arrivals, steps and aborts against a pool that is much too small for them."""
+
+    requests: Bundle[Sequence] = Bundle("requests")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scheduler = make_scheduler()
+        self.count = 0
+        self.written: dict[int, list[int | None]] = {}  # block → the token whose KV each slot holds
+
+    @rule(
+        target=requests,
+        tokens=st.lists(st.integers(1, 2), min_size=1, max_size=14),
+        n=st.integers(1, 4),
+        max_tokens=st.integers(1, 10),
+        salt=st.sampled_from([None, "a"]),
+    )
+    def add(self, tokens: list[int], n: int, max_tokens: int, salt: str | None) -> Sequence:
+        self.count += 1
+        sequence = make_sequence(str(self.count), tokens, n=n, max_tokens=max_tokens, salt=salt)
+        self.scheduler.add(sequence)
+        return sequence
+
+    @rule(token=st.integers(0, 2))
+    def step(self, token: int) -> None:
+        """Also plays the device: follows every write and copy, and checks that each row reads its own tokens."""
+        plan = self.scheduler.schedule()
+        assert plan.num_tokens <= self.scheduler.config.max_num_batched_tokens
+        assert len({row.sequence for row in plan.rows}) == len(plan.rows)
+        lengths = [row.num_tokens for row in plan.rows]
+        assert all(lengths)
+        assert sorted(lengths, key=lambda n: n > 1) == lengths
+        for row in plan.rows:
+            for source, target in row.copies:
+                self.written[target] = list(self.written.get(source, [None] * BLOCK_SIZE))
+        writes: set[int] = set()
+        for row in plan.rows:
+            s = row.sequence
+            for position in range(s.num_computed_tokens, s.num_computed_tokens + row.num_tokens):
+                block = s.block_table[position // BLOCK_SIZE]
+                assert block != NULL_BLOCK
+                slot = block * BLOCK_SIZE + position % BLOCK_SIZE
+                assert slot not in writes, "two rows write into one slot"
+                writes.add(slot)
+                self.written.setdefault(block, [None] * BLOCK_SIZE)[position % BLOCK_SIZE] = s.token_ids[position]
+        for row in plan.rows:
+            s = row.sequence
+            for position in range(s.num_computed_tokens + row.num_tokens):
+                found = self.written[s.block_table[position // BLOCK_SIZE]][position % BLOCK_SIZE]
+                assert found == s.token_ids[position], f"{s} reads somebody else's KV at {position}"
+        sampled = [row for row in plan.rows if row.samples]
+        for row in plan.rows:
+            self.scheduler.mark_computed(row)
+        for row in sampled:
+            row.sequence.append_token(token)
+            if row.sequence.status is SequenceStatus.FINISHED:
+                self.scheduler.finish(row.sequence)
+
+    @rule(sequence=consumes(requests))
+    def abort(self, sequence: Sequence) -> None:
+        if sequence.status is not SequenceStatus.FINISHED:
+            self.scheduler.abort(sequence)
+
+    @rule()
+    def drain(self) -> None:
+        """Everything ends, in a bounded number of steps: nobody starves."""
+        steps = 0
+        while self.scheduler.has_work:
+            self.step(1)
+            steps += 1
+            assert steps < 3000, "no progress"
+        assert self.scheduler.block_manager.usage == 0.0
+
+    @invariant()
+    def consistent(self) -> None:
+        self.scheduler.check_integrity()
+
+    def teardown(self) -> None:
+        self.drain()
+
+
+# 200 × 50 = 10,000 operations
+EngineStates.TestCase.settings = settings(
+    max_examples=200, stateful_step_count=50, deadline=None, suppress_health_check=[HealthCheck.too_slow]
+)
+TestEngineStates = EngineStates.TestCase
+
+
+def test_equal_prefixes_share_blocks_and_salts_separate_them() -> None:
+    scheduler = make_scheduler(budget=16)
+    prompt = [1, 2, 1, 2, 2, 1, 2, 1, 1]
+    first = make_sequence("first", prompt, max_tokens=1)
+    scheduler.add(first)
+    run_step(scheduler)
+    again, salted = make_sequence("again", prompt, max_tokens=4), make_sequence("salted", prompt, salt="x")
+    for sequence in (again, salted):
+        scheduler.add(sequence)
+    run_step(scheduler)
+    assert again.num_cached_tokens == 8
+    assert salted.num_cached_tokens == 0
+    assert not set(again.block_table) & set(salted.block_table)
+    assert scheduler.block_manager.num_hit_tokens == 8
+    assert scheduler.block_manager.num_lookup_tokens == 27
+
+
+def test_a_prompt_that_is_cached_whole_still_computes_its_last_token() -> None:
+    scheduler = make_scheduler(budget=16)
+    prompt = [1, 2, 1, 2, 2, 1, 2, 1]
+    for name in ("first", "second"):
+        sequence = make_sequence(name, prompt, max_tokens=1)
+        scheduler.add(sequence)
+        plan = run_step(scheduler)
+    assert sequence.num_cached_tokens == 4
+    assert plan.num_tokens == 4
+
+
+def test_without_prefix_caching_nothing_is_shared() -> None:
+    scheduler = make_scheduler(budget=16, caching=False)
+    for name in ("first", "second"):
+        sequence = make_sequence(name, [1] * 9, max_tokens=1)
+        scheduler.add(sequence)
+        assert run_step(scheduler).num_tokens == 9
+    assert scheduler.block_manager.num_lookup_tokens == 0
+
+
+def test_siblings_share_the_prompt_and_copy_only_the_block_they_write() -> None:
+    scheduler = make_scheduler(budget=16)
+    leader = make_sequence("r", [1, 2, 1, 2, 1, 2], n=3, max_tokens=4)
+    siblings = list(leader.siblings)
+    scheduler.add(leader)
+    assert run_step(scheduler).num_tokens == 5  # all but the last prompt token, once
+    plan = run_step(scheduler)
+    assert plan.num_tokens == 3
+    family = [leader, *siblings]
+    assert len({s.block_table[0] for s in family}) == 1
+    assert len({s.block_table[1] for s in family}) == 3
+    assert sum(len(row.copies) for row in plan.rows) == 2  # the last owner writes in place
+
+
+def test_blocks_of_the_least_recently_used_prefix_are_taken_first() -> None:
+    scheduler = make_scheduler(num_blocks=7, budget=24)
+    old, young = [1] * 9, [2] * 9
+    for name, prompt in (("old", old), ("young", young)):
+        scheduler.add(make_sequence(name, prompt, max_tokens=1))
+        run_step(scheduler)
+    scheduler.add(make_sequence("large", [1, 2] * 6, max_tokens=1))  # takes three blocks: two had no content
+    run_step(scheduler)
+    for name, prompt, cached in (("young again", young, 8), ("old again", old, 4)):
+        sequence = make_sequence(name, prompt)
+        assert scheduler.block_manager.take_cached_prefix(sequence) == cached, name
+        scheduler.block_manager.free(sequence)
+
+
+def test_rows_of_one_token_are_served_before_a_long_prompt() -> None:
+    scheduler = make_scheduler(budget=6, num_blocks=20)
+    long, short = make_sequence("long", [1] * 16), make_sequence("short", [2, 2])
+    for sequence in (long, short):
+        scheduler.add(sequence)
+    run_step(scheduler)  # 6 of long
+    run_step(scheduler)  # 6 of long
+    plan = run_step(scheduler)  # 4 of long, 2 of short
+    assert [row.num_tokens for row in plan.rows] == [4, 2]
+    later = make_sequence("later", [1, 2] * 8)
+    scheduler.add(later)
+    plan = run_step(scheduler)
+    assert [(row.sequence.request_id, row.num_tokens) for row in plan.rows] == [
+        ("long", 1),
+        ("short", 1),
+        ("later", 4),
+    ]
+
+
+def test_the_youngest_is_preempted_and_computed_again_first() -> None:
+    scheduler = make_scheduler(num_blocks=7, budget=24, caching=False)
+    old, young = make_sequence("old", [1] * 11, max_tokens=13), make_sequence("young", [2] * 11, max_tokens=13)
+    for sequence in (old, young):
+        scheduler.add(sequence)
+    while scheduler.num_preemptions == 0:
+        run_step(scheduler)
+    assert scheduler.waiting[0] is young
+    assert young.num_computed_tokens == 0
+    assert not young.block_table
+    scheduler.add(make_sequence("newcomer", [1], max_tokens=1))
+    while young.status is not SequenceStatus.RUNNING:
+        assert [s.request_id for s in scheduler.running] in (["old"], [])
+        run_step(scheduler)
+    assert old.status is SequenceStatus.FINISHED
+
+
+def test_without_chunked_prefill_a_prompt_runs_whole_or_waits() -> None:
+    scheduler = make_scheduler(budget=24, chunked=False, num_blocks=30)
+    first, second = make_sequence("first", [1] * 16), make_sequence("second", [2] * 12)
+    for sequence in (first, second):
+        scheduler.add(sequence)
+    assert [row.num_tokens for row in run_step(scheduler).rows] == [16]
+    assert [row.num_tokens for row in run_step(scheduler).rows] == [1, 12]
+
+
+def test_aborting_the_leader_lets_the_siblings_go_on() -> None:
+    scheduler = make_scheduler()
+    leader = make_sequence("r", [1, 2, 1], n=3, max_tokens=2)
+    heir, other = leader.siblings
+    scheduler.add(leader)
+    scheduler.abort(leader)
+    while scheduler.has_work:
+        run_step(scheduler)
+    assert heir.num_output_tokens == other.num_output_tokens == 2
+    assert scheduler.block_manager.usage == 0.0
+
+
+def test_a_sequence_ends_at_end_of_sequence_stop_token_or_length() -> None:
+    def grow(params: SamplingParams, tokens: list[int]) -> Sequence:
+        sequence = Sequence("r", 0, [5], params, seed=0, max_model_len=6, eos_token_ids=(0, 9))
+        for token in tokens:
+            assert sequence.finish_reason is None
+            sequence.append_token(token)
+        return sequence
+
+    for params, tokens, reason, stop_reason in (
+        (SamplingParams(max_tokens=9), [1, 9], "stop", None),
+        (SamplingParams(max_tokens=9, stop_token_ids=(9, 3)), [1, 9], "stop", None),
+        (SamplingParams(max_tokens=9, stop_token_ids=(3,)), [1, 3], "stop", 3),
+        (SamplingParams(max_tokens=9, stop_token_ids=(9,), ignore_eos=True), [0, 9], "stop", 9),
+        (SamplingParams(max_tokens=2), [1, 1], "length", None),
+        (SamplingParams(max_tokens=9, ignore_eos=True), [0, 9, 1, 1, 1], "length", None),
+    ):
+        sequence = grow(params, tokens)
+        assert (sequence.finish_reason, sequence.stop_reason) == (reason, stop_reason)
