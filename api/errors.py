@@ -1,4 +1,4 @@
-"""Exception → HTTP status and body, one table. Every error of every route leaves through here, in OpenAI's envelope."""
+"""Exception → HTTP status and body, one table: every error of every route leaves through here."""
 
 from __future__ import annotations
 
@@ -32,7 +32,11 @@ class ErrorBody:
 
     def to_dict(self) -> dict[str, dict[str, str | None]]:
         """`{"error": {…}}`, bounded in size."""
-        message = self.message if len(self.message) <= MAX_MESSAGE_CHARS else self.message[: MAX_MESSAGE_CHARS - 1] + "…"
+        message = (
+            self.message
+            if len(self.message) <= MAX_MESSAGE_CHARS
+            else self.message[: MAX_MESSAGE_CHARS - 1] + "…"
+        )
         param = self.param[:MAX_PARAM_CHARS] if self.param else self.param
         return {"error": {"message": message, "type": self.type, "param": param, "code": self.code}}
 
@@ -104,7 +108,9 @@ def unsupported_media_type(message: str) -> HttpError:
 
 
 def invalid_json(message: str) -> HttpError:
-    return HttpError(ErrorBody(status=400, type="invalid_request_error", code="invalid_json", message=message))
+    return HttpError(
+        ErrorBody(status=400, type="invalid_request_error", code="invalid_json", message=message)
+    )
 
 
 def unavailable(code: str, message: str, *, retry_after_s: int = 1) -> HttpError:
@@ -136,14 +142,20 @@ def error_body(error: BaseException, request_id: str) -> ErrorBody:
             )
         case RequestError():
             return ErrorBody(
-                status=400, type="invalid_request_error", code=error.code, message=str(error), param=error.param
+                status=400,
+                type="invalid_request_error",
+                code=error.code,
+                message=str(error),
+                param=error.param,
             )
         case EngineStartingError():
             return unavailable("starting", "The model is still loading; try again shortly.").body
         case EngineDeadError():
             return unavailable("engine_dead", f"The engine has ended (request id {request_id}).").body
         case EngineStalledError():
-            return unavailable("engine_stalled", f"The engine makes no progress (request id {request_id}).").body
+            return unavailable(
+                "engine_stalled", f"The engine makes no progress (request id {request_id})."
+            ).body
         case RequestFailedError():
             return internal_error(request_id)
         case _:

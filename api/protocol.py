@@ -1,7 +1,7 @@
 """OpenAI's requests as types: every field declared once, bodies read into frozen dataclasses.
 
-The tables below are the whole truth about what a body may hold. A field of a later version carries a `not_yet`
-refusal: to serve it, take the refusal away and use the value where the request is built.
+The tables below are the whole truth about what a body may hold. A field of a later version carries a
+`not_yet` refusal: to serve it, take the refusal away and use the value where the request is built.
 """
 
 # ruff: noqa: ARG002  (every kind's `convert` takes the same arguments)
