@@ -104,7 +104,7 @@ class Engine:
             num_blocks=self.limits.num_blocks,
             kv_cache_dtype=str(runner.dtype),
             platform=runner.device.platform,
-            summary=runner.summary(),
+            summary=[runner.describe_kv_cache()],
         )
 
     # --- one step's aftermath -------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jaxserve.errors import ConfigError
 from jaxserve.models.config import ModelConfig
 
-CPU_DEFAULT_POOL_BYTES = 4 << 30  # a CPU shares its memory with everything else on the machine
+CPU_DEFAULT_POOL_BYTES = 1 << 30  # a CPU shares its memory with everything else on the machine
 
 
 @dataclass(frozen=True, kw_only=True)

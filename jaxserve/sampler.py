@@ -13,6 +13,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.extend.random import threefry2x32_p
 
 from jaxserve.sampling_params import GREEDY_EPSILON
 
@@ -108,7 +109,7 @@ def _top_k_top_p_mask(scaled: jax.Array, peak: jax.Array, top_k: jax.Array, top_
     values, ids = lax.top_k(scaled, num_candidates)  # ties: lower id first
     mass = jnp.cumsum(jnp.exp(values - peak), axis=-1)
     total = jnp.sum(jnp.exp(scaled - peak), axis=-1)
-    within_k = jnp.take_along_axis(mass, jnp.minimum(top_k, num_candidates)[:, None] - 1, axis=-1)[:, 0]
+    within_k = jnp.take_along_axis(mass, jnp.minimum(top_k, num_candidates)[:, None] - 1, axis=-1, mode="promise_in_bounds")[:, 0]
     # top-p cuts what top-k left; without top-k that is everything
     target = top_p * jnp.where(top_k <= num_candidates, within_k, total)
     size_p = jnp.sum(mass < target[:, None], axis=-1) + 1
@@ -116,8 +117,8 @@ def _top_k_top_p_mask(scaled: jax.Array, peak: jax.Array, top_k: jax.Array, top_
     unfiltered = (top_k >= V) & (top_p >= 1.0)
     covered = unfiltered | (top_k <= num_candidates) | ((top_k >= V) & (size_p <= num_candidates))
     last = jnp.minimum(size, num_candidates)[:, None] - 1
-    threshold = jnp.where(unfiltered[:, None], -jnp.inf, jnp.take_along_axis(values, last, axis=-1))
-    last_id = jnp.where(unfiltered[:, None], V, jnp.take_along_axis(ids, last, axis=-1))
+    threshold = jnp.where(unfiltered[:, None], -jnp.inf, jnp.take_along_axis(values, last, axis=-1, mode="promise_in_bounds"))
+    last_id = jnp.where(unfiltered[:, None], V, jnp.take_along_axis(ids, last, axis=-1, mode="promise_in_bounds"))
 
     def bisected() -> tuple[jax.Array, jax.Array]:
         found = _bisect_threshold(scaled, peak, top_k, top_p)
@@ -167,13 +168,10 @@ def _from_sortable(keys: jax.Array) -> jax.Array:
 
 
 def _uniforms(inputs: SamplingInputs) -> jax.Array:
-    """[S] in [0, 1): a function of (seed, choice, position) alone (counter-based Threefry, Salmon et al. 2011)."""
-
-    def one(low: jax.Array, high: jax.Array, choice: jax.Array, position: jax.Array) -> jax.Array:
-        key = jax.random.wrap_key_data(jnp.stack([high, low]), impl="threefry2x32")
-        return jax.random.uniform(jax.random.fold_in(jax.random.fold_in(key, choice), position))
-
-    return jax.vmap(one)(inputs.seed_low, inputs.seed_high, inputs.choice, inputs.position)
+    """[S] in [0, 1): Threefry-2x32 (Salmon et al. 2011) with the seed as key and (choice, position) as counter."""
+    counter = (inputs.choice.astype(jnp.uint32), inputs.position.astype(jnp.uint32))
+    bits, _ = threefry2x32_p.bind(inputs.seed_high, inputs.seed_low, *counter)
+    return (bits >> 8).astype(jnp.float32) * jnp.float32(2.0**-24)
 
 
 def _draw(scaled: jax.Array, keep: jax.Array, uniforms: jax.Array) -> jax.Array:
@@ -204,7 +202,7 @@ def _draw(scaled: jax.Array, keep: jax.Array, uniforms: jax.Array) -> jax.Array:
 def _logprobs(logits: jax.Array, token_ids: jax.Array, max_logprobs: int) -> tuple[jax.Array, ...]:
     """(logprob [S], rank [S], top ids [S, L], top logprobs [S, L]), natural logarithms of log_softmax."""
     normalizer = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
-    chosen = jnp.take_along_axis(logits, token_ids[:, None], axis=-1)
+    chosen = jnp.take_along_axis(logits, token_ids[:, None], axis=-1, mode="promise_in_bounds")
     rank = 1 + jnp.sum(logits > chosen, axis=-1)
     k = min(max_logprobs, logits.shape[-1])
     values, ids = lax.top_k(logits, k)

@@ -70,8 +70,8 @@ def make_step(
             top_p=_floats(inputs["top_p"]),
             min_p=_floats(inputs["min_p"]),
             top_k=inputs["top_k"],
-            seed_low=lax.bitcast_convert_type(inputs["seed_low"], jnp.uint32),
-            seed_high=lax.bitcast_convert_type(inputs["seed_high"], jnp.uint32),
+            seed_low=inputs["seed_low"].astype(jnp.uint32),
+            seed_high=inputs["seed_high"].astype(jnp.uint32),
             choice=inputs["choice"],
             position=inputs["seq_lens"],
             num_logprobs=inputs["num_logprobs"],
@@ -99,14 +99,16 @@ def make_all_logits(definition: ModelDefinition, shape: StepShape) -> Step:
 def _forward(
     model: Llama, inputs: dict[str, jax.Array], kv_pools: list[jax.Array]
 ) -> tuple[jax.Array, list[jax.Array]]:
-    num_decode_rows, num_tiles, num_copies, _ = inputs["counts"]
+    num_single_tokens, num_tiles, num_copies = inputs["counts"]
     kv_pools = copy_blocks(kv_pools, inputs["block_copies"], num_copies)
     metadata = AttentionMetadata(
         block_tables=inputs["block_tables"],
         seq_lens=inputs["seq_lens"],
         query_start_loc=inputs["query_start_loc"],
+        positions=inputs["positions"],
+        token_rows=inputs["token_rows"],
         slot_mapping=inputs["slot_mapping"],
-        num_decode_rows=num_decode_rows,
+        num_single_tokens=num_single_tokens,
         tiles=inputs["tiles"],
         num_tiles=num_tiles,
     )

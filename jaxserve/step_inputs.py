@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from jaxserve.kernels.metadata import QUERY_TILE
+from jaxserve.kernels.metadata import MAX_UNTILED_TOKENS, QUERY_TILE
 from jaxserve.scheduler import StepPlan
 
 NO_LOGPROBS = -1
@@ -40,11 +40,12 @@ class StepShape:
         return {
             "token_ids": (T,),
             "positions": (T,),
+            "token_rows": (T,),
             "slot_mapping": (T,),
             "block_tables": (S, M),
             "seq_lens": (S,),
             "query_start_loc": (S + 1,),
-            "tiles": (T // QUERY_TILE + S, 2),
+            "tiles": (T // QUERY_TILE + S if self.tiled else 0, 2),
             "block_copies": (S, 2),
             "logits_index": (S,),  # flat index of the row's last token
             "temperature": (S,),  # float32 bits, as top_p and min_p
@@ -55,8 +56,13 @@ class StepShape:
             "seed_high": (S,),
             "choice": (S,),
             "num_logprobs": (S,),
-            "counts": (4,),  # decode rows, tiles, block copies, tokens
+            "counts": (3,),  # tokens attended one by one, tiles, block copies
         }
+
+    @property
+    def tiled(self) -> bool:
+        """Whether rows of several tokens are attended in tiles."""
+        return self.num_tokens > MAX_UNTILED_TOKENS
 
     @cached_property
     def size(self) -> int:
@@ -90,25 +96,28 @@ def pack_step(plan: StepPlan, shape: StepShape, block_size: int) -> npt.NDArray[
     seed_low, seed_high = (inputs[name].view(np.uint32) for name in ("seed_low", "seed_high"))
     tiles: list[tuple[int, int]] = []
     copies: list[tuple[int, int]] = []
-    token = num_decode_rows = 0
+    token = num_single_tokens = 0
     for s, row in enumerate(plan.rows):
         sequence, num_tokens, params = row.sequence, row.num_tokens, row.sequence.params
         start = sequence.num_computed_tokens
         stop = start + num_tokens
         table = inputs["block_tables"][s]
         table[: len(sequence.block_table)] = sequence.block_table
+        inputs["token_rows"][token : token + num_tokens] = s
         if num_tokens == 1:
-            num_decode_rows += 1
             inputs["token_ids"][token] = sequence.token_ids[start]
             inputs["positions"][token] = start
             inputs["slot_mapping"][token] = table[start // block_size] * block_size + start % block_size
         else:
-            tiles += [(s, first) for first in range(token, token + num_tokens, QUERY_TILE)]
             positions = np.arange(start, stop, dtype=np.int32)
             inputs["token_ids"][token : token + num_tokens] = sequence.token_ids[start:stop]
             inputs["positions"][token : token + num_tokens] = positions
             slots = table[positions // block_size] * block_size + positions % block_size
             inputs["slot_mapping"][token : token + num_tokens] = slots
+        if shape.tiled and num_tokens > 1:
+            tiles += [(s, first) for first in range(token, token + num_tokens, QUERY_TILE)]
+        else:
+            num_single_tokens += num_tokens
         token += num_tokens
         copies += row.copies
         inputs["seq_lens"][s] = stop
@@ -128,5 +137,5 @@ def pack_step(plan: StepPlan, shape: StepShape, block_size: int) -> npt.NDArray[
         inputs["tiles"][: len(tiles)] = tiles
     if copies:
         inputs["block_copies"][: len(copies)] = copies
-    inputs["counts"][:] = num_decode_rows, len(tiles), len(copies), token
+    inputs["counts"][:] = num_single_tokens, len(tiles), len(copies)
     return buffer

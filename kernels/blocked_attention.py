@@ -2,9 +2,9 @@
 
 FlashAttention's online softmax (Dao et al. 2022, algorithm 1) over chunks of KV_CHUNK tokens. The loops' trip
 counts are data, so that one program serves every context length and costs what the batch at hand needs:
-decode rows are taken DECODE_ROWS at a time up to the longest of them, other rows in tiles of QUERY_TILE tokens
-up to their own end. A chunk that is masked out whole changes no bit of the result, so a row's result does not
-depend on its neighbours.
+single tokens are taken TOKEN_GROUP at a time up to the longest context among them, longer rows in tiles of
+QUERY_TILE tokens up to their own end. A chunk that is masked out whole changes no bit of the result, so a
+token's result does not depend on its neighbours.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from jax import lax
 
 from jaxserve.kernels.metadata import QUERY_TILE, AttentionMetadata
 
-DECODE_ROWS = 8
-KV_CHUNK = 256  # tokens; the gathered chunk of DECODE_ROWS rows should stay in the L2 cache
+TOKEN_GROUP = 8
+KV_CHUNK = 128  # tokens; the gathered chunk of TOKEN_GROUP contexts should stay in the L2 cache
 MASKED = -1e30  # finite, so that a row without any context gives 0 and no NaN
 
 
@@ -28,12 +28,42 @@ def write_kv(
     new = jnp.stack([keys, values], axis=1)  # [T, 2, K, D]
     new = lax.bitcast_convert_type(new, kv_pool.dtype) if _holds_bits(kv_pool) else new.astype(kv_pool.dtype)
 
+    blocks, offsets = lax.div(slot_mapping, jnp.int32(B)), lax.rem(slot_mapping, jnp.int32(B))
+
     def write(t: jax.Array, pool: jax.Array) -> jax.Array:
-        update = lax.dynamic_slice_in_dim(new, t, 1).reshape(1, 2, K, 1, D)
-        zero = jnp.int32(0)
-        return lax.dynamic_update_slice(pool, update, (slot_mapping[t] // B, zero, zero, slot_mapping[t] % B, zero))
+        update = _slice(new, t, 1).reshape(1, 2, K, 1, D)
+        index = (_item(blocks, t), 0, 0, _item(offsets, t), 0)
+        return lax.dynamic_update_slice(pool, update, index, allow_negative_indices=False)
 
     return lax.fori_loop(0, num_tokens, write, kv_pool)
+
+
+# Plain indexing normalizes negative indices: a dozen instructions an index, in every layer of every program.
+
+
+def _slice(x: jax.Array, start: jax.Array, size: int, axis: int = 0) -> jax.Array:
+    """x[start : start + size] along `axis`, start ≥ 0."""
+    starts = [0] * x.ndim
+    sizes = list(x.shape)
+    sizes[axis] = size
+    indices = [start if a == axis else s for a, s in enumerate(starts)]
+    return lax.dynamic_slice(x, indices, sizes, allow_negative_indices=False)
+
+
+def _item(x: jax.Array, index: jax.Array) -> jax.Array:
+    """x[index] of a vector, index ≥ 0."""
+    return _slice(x, index, 1)[0]
+
+
+def _update(x: jax.Array, update: jax.Array, start: jax.Array) -> jax.Array:
+    """x with rows from `start` ≥ 0 on replaced."""
+    index = [start] + [0] * (x.ndim - 1)
+    return lax.dynamic_update_slice(x, update.astype(x.dtype), index, allow_negative_indices=False)
+
+
+def _take(x: jax.Array, index: jax.Array) -> jax.Array:
+    """x[index] along the first axis, 0 ≤ index < len(x)."""
+    return x.at[index].get(mode="promise_in_bounds", wrap_negative_indices=False)
 
 
 def _holds_bits(kv_pool: jax.Array) -> bool:
@@ -53,7 +83,7 @@ def paged_attention(
     """Same meaning as `reference.paged_attention`.
 
     Args:
-        queries: [T, H, D], T a multiple of DECODE_ROWS.
+        queries: [T, H, D], T a multiple of TOKEN_GROUP.
         kv_pool: [N, 2, K, B, D].
 
     Returns:
@@ -61,7 +91,7 @@ def paged_attention(
     """
     T, H, D = queries.shape
     _, _, K, B, _ = kv_pool.shape
-    S, M = metadata.block_tables.shape
+    M = metadata.block_tables.shape[1]
     G = H // K
     blocks_per_chunk = max(1, min(KV_CHUNK // B, M))
     chunk = blocks_per_chunk * B
@@ -75,8 +105,7 @@ def paged_attention(
         """block_ids [R, C/B] → keys, values [R, K, C, D]."""
         index = block_ids[:, None, :] * (2 * K) + heads[None, :, None]
         shape = (block_ids.shape[0], K, chunk, D)
-        keys = flat_pool.at[index].get(mode="promise_in_bounds").reshape(shape)
-        values = flat_pool.at[index + K].get(mode="promise_in_bounds").reshape(shape)
+        keys, values = (_take(flat_pool, i).reshape(shape) for i in (index, index + K))
         if _holds_bits(kv_pool):
             keys, values = (lax.bitcast_convert_type(x, queries.dtype) for x in (keys, values))
         return keys, values
@@ -84,15 +113,15 @@ def paged_attention(
     def attend(q: jax.Array, block_rows: jax.Array, q_positions: jax.Array, lens: jax.Array) -> jax.Array:
         """q [R, K, Q, D] with positions [R, Q], block_rows [R, M], lens [R] → [R, K, Q, D] float32."""
         R, _, Q, _ = q.shape
-        last_chunk = (jnp.max(lens) + chunk - 1) // chunk
+        last_chunk = _ceil_div(jnp.max(lens), chunk)
         first_chunk = jnp.int32(0)
         if sliding_window is not None:
             oldest = jnp.min(jnp.where(lens > 0, q_positions[:, 0], jnp.iinfo(jnp.int32).max))
-            first_chunk = jnp.clip((oldest - sliding_window + 1) // chunk, 0, last_chunk)
+            first_chunk = jnp.minimum(lax.div(jnp.maximum(oldest - sliding_window + 1, 0), jnp.int32(chunk)), last_chunk)
 
         def body(c: jax.Array, carry: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, ...]:
             peak, total, acc = carry
-            block_ids = lax.dynamic_slice_in_dim(block_rows, c * blocks_per_chunk, blocks_per_chunk, axis=1)
+            block_ids = _slice(block_rows, c * blocks_per_chunk, blocks_per_chunk, axis=1)
             keys, values = gather(block_ids)
             scores = lax.dot_general(
                 q, keys, (((3,), (3,)), ((0, 1), (0, 1))), precision, preferred_element_type=jnp.float32
@@ -101,11 +130,11 @@ def paged_attention(
             visible = (kv_positions <= q_positions[:, :, None]) & (kv_positions < lens[:, None, None])
             if sliding_window is not None:
                 visible &= kv_positions > q_positions[:, :, None] - sliding_window
-            visible = visible[:, None]
-            scores = jnp.where(visible, scores * scale, MASKED)
+            visible = jnp.broadcast_to(visible[:, None], scores.shape)
+            scores = lax.select(visible, scores * scale, jnp.full_like(scores, MASKED))
             new_peak = jnp.maximum(peak, jnp.max(scores, axis=-1))
             rescale = jnp.exp(peak - new_peak)
-            weights = jnp.where(visible, jnp.exp(scores - new_peak[..., None]), 0.0)
+            weights = lax.select(visible, jnp.exp(scores - new_peak[..., None]), jnp.zeros_like(scores))
             out = lax.dot_general(
                 weights.astype(values.dtype),
                 values,
@@ -119,33 +148,35 @@ def paged_attention(
         _, total, acc = lax.fori_loop(first_chunk, last_chunk, body, start)
         return acc / jnp.maximum(total, 1e-30)[..., None]
 
-    def decode_group(g: jax.Array, out: jax.Array) -> jax.Array:
-        first = g * DECODE_ROWS
-        rows = first + jnp.arange(DECODE_ROWS, dtype=jnp.int32)
-        lens = lax.dynamic_slice_in_dim(metadata.seq_lens, first, DECODE_ROWS)
-        lens = jnp.where(rows < metadata.num_decode_rows, lens, 0)
-        q = lax.dynamic_slice_in_dim(queries, first, DECODE_ROWS).reshape(DECODE_ROWS, K, G, D)
-        block_rows = lax.dynamic_slice_in_dim(tables, first, DECODE_ROWS)
-        positions = jnp.broadcast_to(lens[:, None] - 1, (DECODE_ROWS, G))
-        result = attend(q, block_rows, positions, lens).reshape(DECODE_ROWS, H, D)
-        return lax.dynamic_update_slice_in_dim(out, result.astype(out.dtype), first, axis=0)
+    def token_group(g: jax.Array, out: jax.Array) -> jax.Array:
+        first = g * TOKEN_GROUP
+        positions = _slice(metadata.positions, first, TOKEN_GROUP)
+        single = first + jnp.arange(TOKEN_GROUP, dtype=jnp.int32) < metadata.num_single_tokens
+        q = _slice(queries, first, TOKEN_GROUP).reshape(TOKEN_GROUP, K, G, D)
+        block_rows = _take(tables, _slice(metadata.token_rows, first, TOKEN_GROUP))
+        q_positions = jnp.broadcast_to(positions[:, None], (TOKEN_GROUP, G))
+        result = attend(q, block_rows, q_positions, lax.select(single, positions + 1, jnp.zeros_like(positions)))
+        return _update(out, result.reshape(TOKEN_GROUP, H, D), first)
 
-    def prefill_tile(i: jax.Array, out: jax.Array) -> jax.Array:
-        row, first = metadata.tiles[i, 0], metadata.tiles[i, 1]
-        seq_len = metadata.seq_lens[row]
-        position = seq_len - metadata.query_start_loc[row + 1] + first
-        q = lax.dynamic_slice_in_dim(padded_queries, first, QUERY_TILE)  # [QUERY_TILE, H, D]
+    def tile(i: jax.Array, out: jax.Array) -> jax.Array:
+        row, first = _slice(metadata.tiles, i, 1)[0]
+        position = _item(metadata.positions, first)
+        q = _slice(padded_queries, first, QUERY_TILE)  # [QUERY_TILE, H, D]
         q = q.reshape(QUERY_TILE, K, G, D).transpose(1, 2, 0, 3).reshape(1, K, G * QUERY_TILE, D)
-        positions = jnp.tile(position + jnp.arange(QUERY_TILE, dtype=jnp.int32), G)[None]
-        end = jnp.minimum(seq_len, position + QUERY_TILE)
-        result = attend(q, lax.dynamic_slice_in_dim(tables, row, 1), positions, end[None])
+        q_positions = jnp.tile(position + jnp.arange(QUERY_TILE, dtype=jnp.int32), G)[None]
+        end = jnp.minimum(_slice(metadata.seq_lens, row, 1), position + QUERY_TILE)
+        result = attend(q, _slice(tables, row, 1), q_positions, end)
         result = result.reshape(K, G, QUERY_TILE, D).transpose(2, 0, 1, 3).reshape(QUERY_TILE, H, D)
-        # what a tile writes past its row's end, the tiles behind it write again
-        return lax.dynamic_update_slice_in_dim(out, result.astype(out.dtype), first, axis=0)
+        return _update(out, result, first)  # what it writes past its row's end, the tiles behind it write again
 
+    num_groups = _ceil_div(metadata.num_single_tokens, TOKEN_GROUP)
+    if metadata.tiles.shape[0] == 0:
+        return lax.fori_loop(0, num_groups, token_group, jnp.zeros_like(queries))
     padded_queries = jnp.pad(queries, ((0, QUERY_TILE), (0, 0), (0, 0)))
-    num_groups = (metadata.num_decode_rows + DECODE_ROWS - 1) // DECODE_ROWS
-    out = jnp.zeros((T + QUERY_TILE, H, D), queries.dtype)
-    out = lax.fori_loop(0, num_groups, decode_group, out)
-    out = lax.fori_loop(0, metadata.num_tiles, prefill_tile, out)
-    return out[:T]
+    out = lax.fori_loop(0, num_groups, token_group, jnp.zeros_like(padded_queries))
+    return lax.fori_loop(0, metadata.num_tiles, tile, out)[:T]
+
+
+def _ceil_div(a: jax.Array, b: int) -> jax.Array:
+    """For a ≥ 0."""
+    return lax.div(a + (b - 1), jnp.int32(b))

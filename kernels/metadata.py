@@ -7,28 +7,34 @@ from typing import NamedTuple
 import jax
 
 QUERY_TILE = 64  # tokens of one prefill tile
+MAX_UNTILED_TOKENS = 64  # batches up to this size are attended token by token, without tiles
 
 
 class AttentionMetadata(NamedTuple):
-    """One token-flattened batch. Rows of exactly one token come first, so that token i of them is row i.
+    """One token-flattened batch. Rows of exactly one token come first.
 
     Attributes:
         block_tables: [S, M] int32; block ids in order of position, padded with 0. (JAX's own kernels say page
             for block.)
         seq_lens: [S] int32; tokens of the row's sequence once this step's are written; 0 for padding rows.
         query_start_loc: [S + 1] int32; row s owns tokens query_start_loc[s] … query_start_loc[s + 1] − 1.
+        positions: [T] int32; of every token in its sequence.
+        token_rows: [T] int32; the row of every token.
         slot_mapping: [T] int32; where token t's K and V go: block_id * block_size + offset. Padding
             tokens go to the null block.
-        num_decode_rows: [] int32; how many of the first rows have exactly one token.
+        num_single_tokens: [] int32; how many of the first tokens are attended one by one: those of rows of
+            one token, or all if the batch is small.
         tiles: [num_tiles_max, 2] int32; (row, first token) of each run of at most QUERY_TILE tokens of the
-            other rows, in ascending order of first token.
+            other rows, in ascending order of first token; [0, 2] in a batch of at most MAX_UNTILED_TOKENS.
         num_tiles: [] int32.
     """
 
     block_tables: jax.Array
     seq_lens: jax.Array
     query_start_loc: jax.Array
+    positions: jax.Array
+    token_rows: jax.Array
     slot_mapping: jax.Array
-    num_decode_rows: jax.Array
+    num_single_tokens: jax.Array
     tiles: jax.Array
     num_tiles: jax.Array

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 
 from jaxserve.kernels import blocked_attention
 from jaxserve.kernels.metadata import AttentionMetadata
 
 
+@functools.partial(jax.jit, static_argnames=("scale", "sliding_window"))  # traced once for all layers
 def paged_attention(
     queries: jax.Array,
     keys: jax.Array,

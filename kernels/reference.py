@@ -44,10 +44,8 @@ def paged_attention(
     """
     T, H, D = queries.shape
     _, _, K, B, _ = kv_pool.shape
-    S, M = metadata.block_tables.shape
-    rows = jnp.clip(jnp.searchsorted(metadata.query_start_loc, jnp.arange(T), side="right") - 1, 0, S - 1)
-    # the last token of a row is at position seq_len − 1
-    positions = metadata.seq_lens[rows] - metadata.query_start_loc[rows + 1] + jnp.arange(T)
+    M = metadata.block_tables.shape[1]
+    rows, positions = metadata.token_rows, metadata.positions
     context = kv_pool[metadata.block_tables[rows]].astype(jnp.float32)  # [T, M, 2, K, B, D]
     keys = context[:, :, 0].transpose(0, 2, 1, 3, 4).reshape(T, K, M * B, D)
     values = context[:, :, 1].transpose(0, 2, 1, 3, 4).reshape(T, K, M * B, D)
