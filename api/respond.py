@@ -1,0 +1,199 @@
+"""What completion and chat routes share: a body becomes prompts in the engine, deltas become a response."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import re
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import ExitStack, closing
+from dataclasses import dataclass
+from typing import TypeVar
+
+from quart import Response, g
+
+from jaxserve.api.context import ServerContext
+from jaxserve.api.errors import HttpError, error_body
+from jaxserve.api.generation import ChoiceDelta, Generation, Usage
+from jaxserve.api.prompts import PromptEncoder, TokenizedPrompt
+from jaxserve.api.protocol import GenerationRequest, Protocol, ProtocolConfig, protocol_for
+from jaxserve.api.responses import DONE, Renderer, ResponseHead, event
+from jaxserve.api.sse import sse_response
+from jaxserve.errors import JaxserveError
+
+logger = logging.getLogger(__name__)
+MAX_IGNORED_HEADER_CHARS = 2048
+T = TypeVar("T")
+
+
+def request_protocol(context: ServerContext) -> Protocol:
+    """The request tables for the model that is being served."""
+    config, info, defaults = context.config, context.engine.info, context.generation_defaults
+    return protocol_for(
+        ProtocolConfig(
+            model_names=config.model_names,
+            vocab_size=info.vocab_size,
+            max_model_len=info.max_model_len,
+            max_logprobs=config.engine.max_logprobs,
+            temperature=1.0 if defaults.temperature is None else defaults.temperature,
+            top_p=1.0 if defaults.top_p is None else defaults.top_p,
+            top_k=-1 if defaults.top_k is None else defaults.top_k,
+            min_p=0.0 if defaults.min_p is None else defaults.min_p,
+            return_tokens_as_token_ids=config.return_tokens_as_token_ids,
+            force_include_usage=config.enable_force_include_usage,
+            ignore_unknown_fields=config.unknown_fields == "ignore",
+        )
+    )
+
+
+def prompt_encoder(context: ServerContext) -> PromptEncoder:
+    """Template and tokenizer of the model that is being served."""
+    return PromptEncoder(
+        tokenizer=context.tokenizer,
+        chat_template=context.chat_template,
+        max_model_len=context.engine.info.max_model_len,
+        template_kwargs=context.config.default_chat_template_kwargs,
+        response_role=context.config.response_role,
+    )
+
+
+async def in_executor(context: ServerContext, function: Callable[[], T]) -> T:
+    """Run what may take long (a body may be megabytes) beside the event loop."""
+    return await asyncio.get_running_loop().run_in_executor(context.executor, function)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arrival:
+    """When a request came and what it is called."""
+
+    request_id: str
+    created: int  # whole Unix seconds
+    monotonic: float
+
+    @classmethod
+    def now(cls) -> Arrival:
+        return cls(request_id=g.request_id, created=int(time.time()), monotonic=time.monotonic())
+
+    def head(self, context: ServerContext, request: GenerationRequest, prefix: str) -> ResponseHead:
+        """What all chunks of the response share."""
+        return ResponseHead(
+            id=f"{prefix}-{request.request_id or self.request_id}",
+            created=self.created,
+            model=context.config.model_names[0],
+            system_fingerprint=context.system_fingerprint,
+        )
+
+
+async def respond(
+    context: ServerContext,
+    arrival: Arrival,
+    request: GenerationRequest,
+    prompts: Sequence[TokenizedPrompt],
+    renderer: Renderer,
+) -> Response:
+    """Generate, and answer as a stream or whole.
+
+    Raises:
+        QueueFullError: too many requests are waiting.
+        EngineError: the engine cannot serve, or failed before anything was sent.
+        HttpError: the request's time was up before the first token.
+    """
+    if not any(prompt.max_tokens for prompt in prompts):
+        return _echo_alone(request, prompts, renderer)
+    n = request.sampling.n
+    context.admission.admit(sum(len(prompt.token_ids) for prompt in prompts), len(prompts) * n)
+    generation = Generation(
+        context.engine,
+        context.tokenizer,
+        prompts,
+        request.sampling,
+        request_id=arrival.request_id,
+        eos_token_ids=context.generation_defaults.eos_token_ids,
+        cache_salt=request.cache_salt,
+        arrived_at=arrival.monotonic,
+        timeout_s=context.config.request_timeout_s,
+    )
+    if request.output.stream:
+        return await _stream(context, arrival, generation, renderer)
+    return await _whole(generation, renderer)
+
+
+def _echo_alone(
+    request: GenerationRequest, prompts: Sequence[TokenizedPrompt], renderer: Renderer
+) -> Response:
+    """`max_tokens: 0` with echo: the engine has nothing to do."""
+    usage = Usage(sum(len(prompt.token_ids) for prompt in prompts), 0, 0)
+    deltas = [ChoiceDelta(i, finish_reason="length") for i in range(len(prompts) * request.sampling.n)]
+    if not request.output.stream:
+        renderer.collect(deltas)
+        return json_response(renderer.response(usage))
+
+    async def events() -> AsyncIterator[bytes]:
+        yield renderer.chunks(deltas, usage) + renderer.last_chunks(usage)
+
+    return sse_response(events(), on_close=lambda: None)
+
+
+async def _whole(generation: Generation, renderer: Renderer) -> Response:
+    with closing(generation):
+        generation.start()
+        async for deltas in generation.steps():
+            renderer.collect(deltas)
+        return json_response(renderer.response(generation.usage))
+
+
+async def _stream(
+    context: ServerContext, arrival: Arrival, generation: Generation, renderer: Renderer
+) -> Response:
+    """Wait for the first text, so that what fails before it has an HTTP status of its own; but no longer than
+    the client may go without a keep-alive."""
+    with ExitStack() as cleanup:
+        cleanup.callback(generation.close)
+        generation.start()
+        steps = generation.steps()
+        first = asyncio.ensure_future(anext(steps))
+        cleanup.callback(first.cancel)
+        await asyncio.wait({first}, timeout=context.config.sse_keep_alive_interval_s or None)
+        if first.done():
+            first.result()
+        events = _events(generation, renderer, first, steps, arrival.request_id)
+        return sse_response(events, on_close=cleanup.pop_all().close)
+
+
+async def _events(
+    generation: Generation,
+    renderer: Renderer,
+    first: Awaitable[list[ChoiceDelta]],
+    steps: AsyncIterator[list[ChoiceDelta]],
+    request_id: str,
+) -> AsyncIterator[bytes]:
+    """One write per step."""
+    try:
+        yield _step_events(generation, renderer, await first)
+        async for deltas in steps:
+            yield _step_events(generation, renderer, deltas)
+    except (JaxserveError, HttpError) as error:
+        logger.warning("request %s failed in its stream: %s", request_id, error)
+        yield event(error_body(error, request_id).to_dict()) + DONE
+    except Exception as error:
+        logger.exception("request %s failed in its stream", request_id)
+        yield event(error_body(error, request_id).to_dict()) + DONE
+
+
+def _step_events(generation: Generation, renderer: Renderer, deltas: Sequence[ChoiceDelta]) -> bytes:
+    usage = generation.usage
+    chunks = renderer.chunks(deltas, usage)
+    return chunks + renderer.last_chunks(usage) if generation.finished else chunks
+
+
+def json_response(body: bytes) -> Response:
+    return Response(body, content_type="application/json")
+
+
+def note_ignored(response: Response, ignored_fields: Sequence[str]) -> Response:
+    """Tell the client which unknown fields were dropped (`--unknown-fields ignore`)."""
+    if ignored_fields:
+        paths = (re.sub(r"[^!-+\--~]", "?", path) for path in ignored_fields)  # visible ASCII but no comma
+        response.headers["X-Ignored-Fields"] = ",".join(paths)[:MAX_IGNORED_HEADER_CHARS]
+    return response

@@ -1,0 +1,378 @@
+"""Responses as OpenAI's clients expect them: whole objects, stream chunks, logprobs, usage.
+
+A renderer turns `ChoiceDelta`s into JSON. It renders a delta the same way for a stream and for a whole
+response, where it joins what it rendered; so the two cannot differ.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import orjson
+
+from jaxserve.api.generation import ChoiceDelta, Usage
+from jaxserve.api.prompts import TokenizedPrompt
+from jaxserve.api.protocol import OutputOptions
+from jaxserve.messages import TopLogprobs
+from jaxserve.tokenizer import Tokenizer
+
+Json = dict[str, Any]
+MIN_LOGPROB = -9999.0  # JSON has no infinity
+DONE = b"data: [DONE]\n\n"
+
+
+def event(value: Json) -> bytes:
+    """One server-sent event."""
+    return b"data: " + orjson.dumps(value) + b"\n\n"
+
+
+def usage_json(usage: Usage) -> Json:
+    return {
+        "prompt_tokens": usage.prompt_tokens,
+        "completion_tokens": usage.completion_tokens,
+        "total_tokens": usage.prompt_tokens + usage.completion_tokens,
+        "prompt_tokens_details": {"cached_tokens": usage.cached_tokens},
+    }
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResponseHead:
+    """What all chunks of a response share.
+
+    Attributes:
+        id: with the API's own prefix.
+        created: whole Unix seconds of the request's arrival.
+    """
+
+    id: str
+    created: int
+    model: str
+    system_fingerprint: str
+
+
+@dataclass(frozen=True)
+class TokenStrings:
+    """How tokens are written in logprobs.
+
+    Attributes:
+        as_token_ids: `"token_id:<id>"` instead of text.
+    """
+
+    tokenizer: Tokenizer
+    as_token_ids: bool = False
+
+    def __call__(self, token_id: int) -> str:
+        return f"token_id:{token_id}" if self.as_token_ids else self.tokenizer.token_str(token_id)
+
+
+def completion_logprobs(
+    ids: Sequence[int], logprobs: Sequence[TopLogprobs], offset: int, token_string: TokenStrings
+) -> tuple[Json, int]:
+    """The four parallel arrays of `/v1/completions`, and where the next token's text begins."""
+    offsets, tokens, top = [], [], []
+    for token_id, entry in zip(ids, logprobs, strict=True):
+        token = token_string(token_id)
+        offsets.append(offset)
+        tokens.append(token)
+        top.append(_top_by_string(token_id, entry, token_string))
+        offset += len(token)
+    arrays = {
+        "text_offset": offsets,
+        "token_logprobs": [max(entry.logprob, MIN_LOGPROB) for entry in logprobs],
+        "tokens": tokens,
+        "top_logprobs": top,
+    }
+    return arrays, offset
+
+
+def _top_by_string(token_id: int, entry: TopLogprobs, token_string: TokenStrings) -> dict[str, float]:
+    """The most likely tokens and the sampled one; of two with the same string the likelier wins."""
+    top: dict[str, float] = {}
+    for top_id, logprob in zip(entry.top_ids, entry.top_logprobs, strict=True):
+        top.setdefault(token_string(top_id), max(logprob, MIN_LOGPROB))
+    if token_id not in entry.top_ids:
+        top.setdefault(token_string(token_id), max(entry.logprob, MIN_LOGPROB))
+    return top
+
+
+def chat_logprobs(
+    ids: Sequence[int], logprobs: Sequence[TopLogprobs], token_string: TokenStrings
+) -> list[Json]:
+    """The entries of `logprobs.content` of `/v1/chat/completions`."""
+    return [
+        {
+            **_chat_token(token_id, entry.logprob, token_string),
+            "top_logprobs": [
+                _chat_token(top_id, logprob, token_string)
+                for top_id, logprob in zip(entry.top_ids, entry.top_logprobs, strict=True)
+            ],
+        }
+        for token_id, entry in zip(ids, logprobs, strict=True)
+    ]
+
+
+def _chat_token(token_id: int, logprob: float, token_string: TokenStrings) -> Json:
+    return {
+        "token": token_string(token_id),
+        "logprob": max(logprob, MIN_LOGPROB),
+        "bytes": list(token_string.tokenizer.token_bytes(token_id)),
+    }
+
+
+@dataclass(slots=True)
+class ChoiceState:
+    """What a renderer knows of one choice: what it has rendered so far, for the joined response."""
+
+    started: bool = False
+    texts: list[str] = field(default_factory=list)
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: Json | None = None
+    text_offset: int = 0
+    finish_reason: str | None = None
+    stop_reason: str | int | None = None
+
+
+class Renderer(ABC):
+    """JSON of one response.
+
+    Args:
+        prompts: in order; choice i belongs to prompt i // n.
+    """
+
+    object_name: str
+    chunk_object_name: str
+
+    def __init__(
+        self,
+        head: ResponseHead,
+        tokenizer: Tokenizer,
+        prompts: Sequence[TokenizedPrompt],
+        n: int,
+        options: OutputOptions,
+    ) -> None:
+        self.head = head
+        self.prompts = prompts
+        self.n = n
+        self.options = options
+        self.token_string = TokenStrings(tokenizer, options.return_tokens_as_token_ids)
+        self.states = [ChoiceState() for _ in range(len(prompts) * n)]
+        self._chunk_prefix = b"data: " + orjson.dumps(self._envelope(self.chunk_object_name))[:-1]
+
+    # --- the whole response --------------------------------------------------------------------------------
+
+    def collect(self, deltas: Sequence[ChoiceDelta]) -> None:
+        """Keep a step's deltas for `response`."""
+        for delta in deltas:
+            state = self.states[delta.index]
+            state.texts.append(delta.text)
+            state.token_ids += delta.token_ids
+            state.finish_reason, state.stop_reason = delta.finish_reason, delta.stop_reason
+            rendered = self._logprobs(state, delta)
+            if rendered is not None:
+                state.logprobs = rendered if state.logprobs is None else _joined(state.logprobs, rendered)
+
+    def response(self, usage: Usage) -> bytes:
+        """The object of everything collected."""
+        choices = [self._choice(index, state) for index, state in enumerate(self.states)]
+        body = self._envelope(self.object_name) | {"choices": choices, "usage": usage_json(usage)}
+        return orjson.dumps(body | self._response_extras())
+
+    # --- the stream ----------------------------------------------------------------------------------------
+
+    def chunks(self, deltas: Sequence[ChoiceDelta], usage: Usage) -> bytes:
+        """The events of one step, one after the other: each has one choice."""
+        suffix = self._chunk_suffix(usage)
+        written = bytearray()
+        for delta in deltas:
+            for choice, extras in self._chunk_choices(self.states[delta.index], delta):
+                written += self._chunk_prefix + b',"choices":[' + orjson.dumps(choice) + b"]"
+                written += extras + suffix
+        return bytes(written)
+
+    def last_chunks(self, usage: Usage) -> bytes:
+        """The usage, if asked for, and the end of the stream."""
+        if not self.options.include_usage:
+            return DONE
+        final = orjson.dumps(usage_json(usage))
+        return self._chunk_prefix + b',"choices":[],"usage":' + final + b"}\n\n" + DONE
+
+    def _chunk_suffix(self, usage: Usage) -> bytes:
+        if not self.options.include_usage:
+            return b"}\n\n"
+        if not self.options.continuous_usage_stats:
+            return b',"usage":null}\n\n'
+        return b',"usage":' + orjson.dumps(usage_json(usage)) + b"}\n\n"
+
+    def _envelope(self, object_name: str) -> Json:
+        return {
+            "id": self.head.id,
+            "object": object_name,
+            "created": self.head.created,
+            "model": self.head.model,
+            "system_fingerprint": self.head.system_fingerprint,
+        }
+
+    def _prompt(self, index: int) -> TokenizedPrompt:
+        return self.prompts[index // self.n]
+
+    # --- what differs between the APIs ---------------------------------------------------------------------
+
+    @abstractmethod
+    def _logprobs(self, state: ChoiceState, delta: ChoiceDelta) -> Json | None:
+        """The delta's logprobs; None if there are none to show."""
+
+    @abstractmethod
+    def _choice(self, index: int, state: ChoiceState) -> Json:
+        """A member of the whole response's `choices`."""
+
+    @abstractmethod
+    def _response_extras(self) -> Json:
+        """Further keys of the whole response."""
+
+    @abstractmethod
+    def _chunk_choices(self, state: ChoiceState, delta: ChoiceDelta) -> list[tuple[Json, bytes]]:
+        """The `choices` members to send for a delta, each with further keys of its chunk (`,"key":value`)."""
+
+
+def _joined(first: Json, second: Json) -> Json:
+    for name, members in second.items():
+        first[name] += members
+    return first
+
+
+class CompletionRenderer(Renderer):
+    """`/v1/completions`."""
+
+    object_name = chunk_object_name = "text_completion"
+
+    def _logprobs(self, state: ChoiceState, delta: ChoiceDelta) -> Json | None:
+        if not delta.logprobs:
+            return None
+        arrays, state.text_offset = completion_logprobs(
+            delta.token_ids, delta.logprobs, state.text_offset, self.token_string
+        )
+        return arrays
+
+    def _choice(self, index: int, state: ChoiceState) -> Json:
+        prompt = self._prompt(index)
+        choice = {
+            "index": index,
+            "text": prompt.echo + "".join(state.texts),
+            "logprobs": state.logprobs,
+            "finish_reason": state.finish_reason,
+            "stop_reason": state.stop_reason,
+            "prompt_logprobs": None,
+        }
+        if self.options.return_token_ids:
+            choice |= {"token_ids": state.token_ids, "prompt_token_ids": prompt.token_ids}
+        return choice
+
+    def _response_extras(self) -> Json:
+        return {}
+
+    def _chunk_choices(self, state: ChoiceState, delta: ChoiceDelta) -> list[tuple[Json, bytes]]:
+        choices = []
+        prompt = self._prompt(delta.index)
+        if not state.started and prompt.echo:
+            choices.append(self._chunk_choice(state, ChoiceDelta(delta.index, prompt.echo)))
+        choices.append(self._chunk_choice(state, delta))
+        return [(choice, b"") for choice in choices]
+
+    def _chunk_choice(self, state: ChoiceState, delta: ChoiceDelta) -> Json:
+        choice = {
+            "index": delta.index,
+            "text": delta.text,
+            "logprobs": self._logprobs(state, delta),
+            "finish_reason": delta.finish_reason,
+            "stop_reason": delta.stop_reason,
+        }
+        if self.options.return_token_ids:
+            choice["token_ids"] = delta.token_ids
+            if not state.started:
+                choice["prompt_token_ids"] = self._prompt(delta.index).token_ids
+        state.started = True
+        return choice
+
+
+class ChatRenderer(Renderer):
+    """`/v1/chat/completions`.
+
+    Args:
+        role: of the generated message.
+    """
+
+    object_name = "chat.completion"
+    chunk_object_name = "chat.completion.chunk"
+
+    def __init__(
+        self,
+        head: ResponseHead,
+        tokenizer: Tokenizer,
+        prompts: Sequence[TokenizedPrompt],
+        n: int,
+        options: OutputOptions,
+        *,
+        role: str,
+    ) -> None:
+        super().__init__(head, tokenizer, prompts, n, options)
+        self.role = role
+        self._sent_prompt_ids = False
+
+    def _logprobs(self, state: ChoiceState, delta: ChoiceDelta) -> Json | None:
+        if not delta.logprobs:
+            return None
+        return {"content": chat_logprobs(delta.token_ids, delta.logprobs, self.token_string)}
+
+    def _choice(self, index: int, state: ChoiceState) -> Json:
+        content = self._prompt(index).echo + "".join(state.texts)
+        choice = {
+            "index": index,
+            "message": {"role": self.role, "content": content, "refusal": None},
+            "logprobs": state.logprobs,
+            "finish_reason": state.finish_reason,
+            "stop_reason": state.stop_reason,
+        }
+        if self.options.return_token_ids:
+            choice["token_ids"] = state.token_ids
+        return choice
+
+    def _response_extras(self) -> Json:
+        extras: Json = {"prompt_logprobs": None}
+        if self.options.return_token_ids:
+            extras["prompt_token_ids"] = self.prompts[0].token_ids
+        return extras
+
+    def _chunk_choices(self, state: ChoiceState, delta: ChoiceDelta) -> list[tuple[Json, bytes]]:
+        choices = []
+        if not state.started:
+            state.started = True
+            choices.append(self._chunk_choice(delta.index, {"role": self.role, "content": ""}))
+            if echo := self._prompt(delta.index).echo:
+                choices.append(self._chunk_choice(delta.index, {"content": echo}))
+        choices.append(self._delta_choice(state, delta))
+        return [(choice, self._prompt_ids()) for choice in choices]
+
+    def _delta_choice(self, state: ChoiceState, delta: ChoiceDelta) -> Json:
+        shows_text = delta.text or delta.finish_reason is None
+        content = {"content": delta.text} if shows_text else {}
+        choice = self._chunk_choice(delta.index, content, delta.token_ids)
+        choice["logprobs"] = self._logprobs(state, delta)
+        choice["finish_reason"] = delta.finish_reason
+        if delta.finish_reason is not None:
+            choice["stop_reason"] = delta.stop_reason
+        return choice
+
+    def _chunk_choice(self, index: int, delta: Json, token_ids: Sequence[int] = ()) -> Json:
+        choice: Json = {"index": index, "delta": delta, "logprobs": None, "finish_reason": None}
+        if self.options.return_token_ids:
+            choice["token_ids"] = list(token_ids)
+        return choice
+
+    def _prompt_ids(self) -> bytes:
+        if not self.options.return_token_ids or self._sent_prompt_ids:
+            return b""
+        self._sent_prompt_ids = True
+        return b',"prompt_token_ids":' + orjson.dumps(self.prompts[0].token_ids)
