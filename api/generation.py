@@ -1,14 +1,15 @@
 """From the engine's steps to text: one `Generation` per API request, whatever its prompts and choices.
 
-Streaming and not streaming are the same code: `Generation.steps` yields, per engine step, one `ChoiceDelta` for
-each choice that has something to show; a non-streaming response is those deltas joined.
+Streaming and not streaming are the same code: `Generation.steps` yields, per engine step, one `ChoiceDelta`
+for each choice that has something to show; a non-streaming response is those deltas joined.
 """
 
 from __future__ import annotations
 
 import asyncio
 import itertools
-from collections.abc import AsyncIterator, Sequence
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
 
 import msgspec
@@ -17,7 +18,7 @@ from jaxserve.api.errors import request_timeout
 from jaxserve.api.prompts import TokenizedPrompt
 from jaxserve.detokenizer import Detokenizer
 from jaxserve.engine_client import EngineClient, RequestStream
-from jaxserve.errors import RequestFailedError
+from jaxserve.errors import EngineError, RequestFailedError
 from jaxserve.messages import AddRequest, FinishReason, SequenceOutput, TopLogprobs
 from jaxserve.sampling_params import SamplingParams
 from jaxserve.tokenizer import Tokenizer
@@ -52,19 +53,69 @@ class Usage:
     cached_tokens: int
 
 
+@dataclass(frozen=True, kw_only=True)
+class RequestTimings:
+    """One request as metrics see it, when it has ended. Times are `time.monotonic()` seconds.
+
+    Attributes:
+        finish_reason: of its first choice; "abort" if the client went away or time was up, "error" if the
+            engine failed.
+        scheduled_at: when the engine first ran it; None: never.
+        first_token_at: None: there was no token.
+        inter_token_s: for every token of a choice but its first: seconds since the one before.
+        max_tokens: the largest of its prompts.
+    """
+
+    finish_reason: FinishReason
+    n: int
+    max_tokens: int
+    prompt_tokens: int
+    cached_tokens: int
+    generation_tokens: int
+    arrived_at: float
+    scheduled_at: float | None
+    first_token_at: float | None
+    finished_at: float
+    inter_token_s: tuple[float, ...]
+
+
+class TokenClock:
+    """When the tokens of a request came.
+
+    Args:
+        num_choices: each has its own first token.
+    """
+
+    def __init__(self, num_choices: int) -> None:
+        self.first_token_at: float | None = None
+        self.inter_token_s: list[float] = []
+        self._last_token_at: list[float | None] = [None] * num_choices
+
+    def count(self, index: int, num_tokens: int, now: float) -> None:
+        """Choice `index` has got tokens; those that came at once share the time since the one before."""
+        if not num_tokens:
+            return
+        last = self._last_token_at[index]
+        self._last_token_at[index] = now
+        if self.first_token_at is None:
+            self.first_token_at = now
+        if last is None:
+            self.inter_token_s += [0.0] * (num_tokens - 1)
+        else:
+            self.inter_token_s += [(now - last) / num_tokens] * num_tokens
+
+
 class Choice:
     """One generated sequence on its way to text.
 
-    Tokens whose text is withheld (it may become a stop string, or is an incomplete character) wait together
-    with their logprobs, so that nothing of a token is shown before its text.
+    While text is withheld (it may become a stop string, or is an incomplete character), tokens wait with
+    their logprobs, so that nothing of a token is shown before its text.
     """
 
     def __init__(self, index: int, tokenizer: Tokenizer, params: SamplingParams) -> None:
         self.index = index
-        self.finished = False
         self.num_tokens = 0
-        self.first_token_at: float | None = None
-        self.last_token_at: float | None = None
+        self.finish_reason: FinishReason | None = None
         self._include_stop = params.include_stop_str_in_output
         self._detokenizer = Detokenizer(
             tokenizer,
@@ -75,6 +126,10 @@ class Choice:
         )
         self._waiting_ids: list[int] = []
         self._waiting_logprobs: list[TopLogprobs] | None = None if params.logprobs is None else []
+
+    @property
+    def finished(self) -> bool:
+        return self.finish_reason is not None
 
     def advance(self, output: SequenceOutput) -> ChoiceDelta | None:
         """Take a step's tokens; None if there is nothing to show yet."""
@@ -92,7 +147,8 @@ class Choice:
             return self._end(text, "stop", stop_string)
         if output.finish_reason is not None:
             return self._end(text, output.finish_reason, output.stop_reason)
-        return self._show(text) if text or self._showable() else None
+        shown = self._show(text, withholding=self._detokenizer.is_holding_back)
+        return shown if text or shown.logprobs else None
 
     def _take(self, ids: list[int], logprobs: list[TopLogprobs] | None) -> None:
         self.num_tokens += len(ids)
@@ -100,11 +156,9 @@ class Choice:
         if self._waiting_logprobs is not None and logprobs is not None:
             self._waiting_logprobs += logprobs[: len(ids)]
 
-    def _showable(self) -> bool:
-        """Whether tokens without text of their own (special tokens) have something to show all the same."""
-        return bool(self._waiting_logprobs) and not self._detokenizer.is_holding_back
-
-    def _show(self, text: str) -> ChoiceDelta:
+    def _show(self, text: str, *, withholding: bool) -> ChoiceDelta:
+        if withholding or not (text or self._waiting_logprobs):
+            return ChoiceDelta(self.index, text)
         ids, self._waiting_ids = self._waiting_ids, []
         logprobs = self._waiting_logprobs
         if logprobs is not None:
@@ -112,10 +166,9 @@ class Choice:
         return ChoiceDelta(self.index, text, ids, logprobs)
 
     def _end(self, text: str, reason: FinishReason, stop_reason: str | int | None) -> ChoiceDelta:
-        self.finished = True
-        delta = self._show(text)
-        delta.finish_reason, delta.stop_reason = reason, stop_reason
-        return delta
+        ids, logprobs = self._waiting_ids, self._waiting_logprobs
+        self.finish_reason = reason
+        return ChoiceDelta(self.index, text, ids, logprobs, reason, stop_reason)
 
 
 class MergedStream:
@@ -168,6 +221,7 @@ class Generation:
         request_id: for logs; ids inside the engine are made unique from it.
         arrived_at: `time.monotonic()` of the request's arrival.
         timeout_s: for the whole request, from its arrival; 0: none.
+        observe: told once, when the request has ended.
     """
 
     def __init__(
@@ -182,11 +236,16 @@ class Generation:
         cache_salt: str | None = None,
         arrived_at: float,
         timeout_s: float = 0.0,
+        observe: Callable[[RequestTimings], None] = lambda _: None,
     ) -> None:
         self.prompts = prompts
         self.params = params
         self.choices = [Choice(i, tokenizer, params) for i in range(len(prompts) * params.n)]
-        self.scheduled_at: float | None = None
+        self._arrived_at = arrived_at
+        self._scheduled_at: float | None = None
+        self._clock = TokenClock(len(self.choices))
+        self._failed = False
+        self._observe = observe
         self._engine = engine
         self._request_id = request_id
         self._eos_token_ids = eos_token_ids
@@ -247,9 +306,9 @@ class Generation:
             HttpError: the request's time is up.
         """
         while not self.finished:
-            deltas = [
-                delta for output in await self._next_step() if (delta := self._advance(output)) is not None
-            ]
+            outputs = await self._next_step()
+            now = time.monotonic()
+            deltas = [delta for output in outputs if (delta := self._advance(output, now)) is not None]
             if deltas:
                 yield deltas
 
@@ -261,16 +320,21 @@ class Generation:
         except TimeoutError as error:
             raise request_timeout(f"The request took longer than {self._timeout_s:g} seconds.") from error
         except StopAsyncIteration as error:
+            self._failed = True
             raise RequestFailedError("the engine ended the request before it was finished") from error
+        except EngineError:
+            self._failed = True
+            raise
 
-    def _advance(self, output: SequenceOutput) -> ChoiceDelta | None:
+    def _advance(self, output: SequenceOutput, now: float) -> ChoiceDelta | None:
         choice = self.choices[self._first_index[output.request_id] + output.index]
         if choice.finished:
             return None
         if output.finish_reason in ("error", "abort"):
+            self._failed = True
             raise RequestFailedError(output.error or "the engine ended the request")
-        if output.scheduled_at is not None and self.scheduled_at is None:
-            self.scheduled_at = output.scheduled_at
+        if self._scheduled_at is None:
+            self._scheduled_at = output.scheduled_at
         if output.index == 0:
             self._cached_tokens.setdefault(output.request_id, output.num_cached_tokens)
         if not output.token_ids and output.finish_reason is None:
@@ -278,7 +342,9 @@ class Generation:
         num_before = choice.num_tokens
         delta = choice.advance(output)
         self._num_completion_tokens += choice.num_tokens - num_before
-        if choice.finished and output.finish_reason is None:  # a stop string: the engine does not know
+        self._clock.count(choice.index, choice.num_tokens - num_before, now)
+        ended = delta is not None and delta.finish_reason is not None
+        if ended and output.finish_reason is None:  # a stop string: the engine does not know
             self._engine.abort(output.request_id, [output.index])
         return delta
 
@@ -287,9 +353,30 @@ class Generation:
         if self._closed:
             return
         self._closed = True
+        self._abort_unfinished()
+        if self._merged is not None:
+            self._merged.close()
+        self._observe(self._timings())
+
+    def _abort_unfinished(self) -> None:
         n = self.params.n
         for engine_id, first in self._first_index.items():
             if not all(choice.finished for choice in self.choices[first : first + n]):
                 self._engine.abort(engine_id)
-        if self._merged is not None:
-            self._merged.close()
+
+    def _timings(self) -> RequestTimings:
+        usage = self.usage
+        ended = (self.choices[0].finish_reason or "abort") if self.finished else "abort"
+        return RequestTimings(
+            finish_reason="error" if self._failed else ended,
+            n=self.params.n,
+            max_tokens=max(prompt.max_tokens for prompt in self.prompts),
+            prompt_tokens=usage.prompt_tokens,
+            cached_tokens=usage.cached_tokens,
+            generation_tokens=usage.completion_tokens,
+            arrived_at=self._arrived_at,
+            scheduled_at=self._scheduled_at,
+            first_token_at=self._clock.first_token_at,
+            finished_at=time.monotonic(),
+            inter_token_s=tuple(self._clock.inter_token_s),
+        )

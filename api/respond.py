@@ -113,6 +113,7 @@ async def respond(
         cache_salt=request.cache_salt,
         arrived_at=arrival.monotonic,
         timeout_s=context.config.request_timeout_s,
+        observe=context.metrics.observe_request,
     )
     if request.output.stream:
         return await _stream(context, arrival, generation, renderer)

@@ -170,7 +170,7 @@ class Renderer(ABC):
             state.texts.append(delta.text)
             state.token_ids += delta.token_ids
             state.finish_reason, state.stop_reason = delta.finish_reason, delta.stop_reason
-            rendered = self._logprobs(state, delta)
+            rendered = self._logprobs(delta)
             if rendered is not None:
                 state.logprobs = rendered if state.logprobs is None else _joined(state.logprobs, rendered)
 
@@ -221,7 +221,7 @@ class Renderer(ABC):
     # --- what differs between the APIs ---------------------------------------------------------------------
 
     @abstractmethod
-    def _logprobs(self, state: ChoiceState, delta: ChoiceDelta) -> Json | None:
+    def _logprobs(self, delta: ChoiceDelta) -> Json | None:
         """The delta's logprobs; None if there are none to show."""
 
     @abstractmethod
@@ -248,9 +248,10 @@ class CompletionRenderer(Renderer):
 
     object_name = chunk_object_name = "text_completion"
 
-    def _logprobs(self, state: ChoiceState, delta: ChoiceDelta) -> Json | None:
+    def _logprobs(self, delta: ChoiceDelta) -> Json | None:
         if not delta.logprobs:
             return None
+        state = self.states[delta.index]
         arrays, state.text_offset = completion_logprobs(
             delta.token_ids, delta.logprobs, state.text_offset, self.token_string
         )
@@ -285,7 +286,7 @@ class CompletionRenderer(Renderer):
         choice = {
             "index": delta.index,
             "text": delta.text,
-            "logprobs": self._logprobs(state, delta),
+            "logprobs": self._logprobs(delta),
             "finish_reason": delta.finish_reason,
             "stop_reason": delta.stop_reason,
         }
@@ -321,7 +322,7 @@ class ChatRenderer(Renderer):
         self.role = role
         self._sent_prompt_ids = False
 
-    def _logprobs(self, state: ChoiceState, delta: ChoiceDelta) -> Json | None:
+    def _logprobs(self, delta: ChoiceDelta) -> Json | None:
         if not delta.logprobs:
             return None
         return {"content": chat_logprobs(delta.token_ids, delta.logprobs, self.token_string)}
@@ -352,14 +353,14 @@ class ChatRenderer(Renderer):
             choices.append(self._chunk_choice(delta.index, {"role": self.role, "content": ""}))
             if echo := self._prompt(delta.index).echo:
                 choices.append(self._chunk_choice(delta.index, {"content": echo}))
-        choices.append(self._delta_choice(state, delta))
+        choices.append(self._delta_choice(delta))
         return [(choice, self._prompt_ids()) for choice in choices]
 
-    def _delta_choice(self, state: ChoiceState, delta: ChoiceDelta) -> Json:
+    def _delta_choice(self, delta: ChoiceDelta) -> Json:
         shows_text = delta.text or delta.finish_reason is None
         content = {"content": delta.text} if shows_text else {}
         choice = self._chunk_choice(delta.index, content, delta.token_ids)
-        choice["logprobs"] = self._logprobs(state, delta)
+        choice["logprobs"] = self._logprobs(delta)
         choice["finish_reason"] = delta.finish_reason
         if delta.finish_reason is not None:
             choice["stop_reason"] = delta.stop_reason

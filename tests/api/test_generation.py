@@ -12,6 +12,7 @@ from openai.types import Completion
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
 from quart import Quart
 
+from jaxserve.api.generation import RequestTimings, TokenClock
 from jaxserve.errors import EngineDeadError, EngineStartingError
 from jaxserve.messages import AddRequest, SequenceOutput
 from jaxserve.tokenizer import Tokenizer
@@ -42,7 +43,7 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
 
 
 def says(*texts: str | list[int], **options: Any) -> Script:
-    """A script: sequence i of every request generates texts[i] (bytes, or ids) and, by default, ends with END."""
+    """A script: sequence i of every request generates texts[i] (bytes, or ids), then END unless told."""
     ends = options.pop("ends", [END])
     options.setdefault("logprobs", falling_logprobs)
 
@@ -532,7 +533,7 @@ async def test_no_part_of_a_stop_string_is_ever_sent(server: MakeServer) -> None
 
 
 async def test_logprobs_travel_with_or_after_their_text(server: MakeServer) -> None:
-    chunks = await server("aXXb XXY c").stream(COMPLETIONS, {"stop": "XXY", "logprobs": 0, "max_tokens": 40})
+    chunks = await server("aXXXb XXY c").stream(COMPLETIONS, {"stop": "XXY", "logprobs": 0, "max_tokens": 40})
     text, tokens = "", ""
     for chunk in chunks:
         choice = chunk["choices"][0]
@@ -540,7 +541,7 @@ async def test_logprobs_travel_with_or_after_their_text(server: MakeServer) -> N
         tokens += "".join(choice["logprobs"]["tokens"]) if choice["logprobs"] else ""
         if choice["finish_reason"] is None:
             assert text.startswith(tokens)
-    assert (text, tokens) == ("aXXb ", "aXXb XXY")
+    assert (text, tokens) == ("aXXXb ", "aXXXb XXY")
 
 
 async def test_streams_and_responses_parse_as_the_sdk_types(server: MakeServer) -> None:
@@ -564,7 +565,7 @@ async def test_streams_and_responses_parse_as_the_sdk_types(server: MakeServer) 
 
 async def until(condition: Callable[[], bool]) -> None:
     async with asyncio.timeout(5):
-        while not condition():  # noqa: ASYNC110  (turns of the event loop, not time)
+        while not condition():
             await asyncio.sleep(0)
 
 
@@ -717,3 +718,67 @@ async def test_ignored_fields_are_listed_in_a_header(server: MakeServer) -> None
     assert response.headers["X-Ignored-Fields"] == "xyzzy,a?b??Set-Cookie:?x"
     plain = await app.test_client().post(COMPLETIONS, json=full(COMPLETIONS, {}))
     assert "X-Ignored-Fields" not in plain.headers
+
+
+# --- what metrics are told -------------------------------------------------------------------------------
+
+
+class Recorder:
+    """Stands in for the metrics."""
+
+    def __init__(self) -> None:
+        self.timings: list[RequestTimings] = []
+
+    def observe_request(self, timings: RequestTimings) -> None:
+        self.timings.append(timings)
+
+
+def recorded(served: Server) -> list[RequestTimings]:
+    recorder = Recorder()
+    served.app.extensions["jaxserve"].metrics = recorder
+    return recorder.timings
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("tokens_per_step", [1, 2])
+async def test_a_request_is_observed_once_with_all_its_tokens(
+    server: MakeServer, tokens_per_step: int, stream: bool
+) -> None:
+    served = server("abcd", tokens_per_step=tokens_per_step, num_cached_tokens=1)
+    timings = recorded(served)
+    await served.app.test_client().post(
+        COMPLETIONS,
+        json=full(COMPLETIONS, {"prompt": ["p", "qq"], "n": 2, "stream": stream, "max_tokens": 9}),
+    )
+    (seen,) = timings
+    assert (seen.finish_reason, seen.n, seen.max_tokens) == ("stop", 2, 9)
+    assert (seen.prompt_tokens, seen.cached_tokens, seen.generation_tokens) == (3, 2, 4 * 5)
+    assert len(seen.inter_token_s) == 4 * (5 - 1)
+    assert seen.scheduled_at is not None
+    assert seen.first_token_at is not None
+    assert seen.arrived_at <= seen.scheduled_at <= seen.first_token_at <= seen.finished_at
+    assert sum(seen.inter_token_s) / 4 <= seen.finished_at - seen.first_token_at
+
+
+async def test_an_aborted_and_a_failed_request_are_observed_as_such(server: MakeServer) -> None:
+    served = server(config={"request_timeout_s": 0.02})
+    timings = recorded(served)
+    await served.post(COMPLETIONS, {})
+    pending = asyncio.create_task(served.post(COMPLETIONS, {}))
+    await until(lambda: len(served.engine.submitted) == 2)
+    served.engine.fail(EngineDeadError("gone"))
+    await pending
+    assert [(seen.finish_reason, seen.first_token_at) for seen in timings] == [
+        ("abort", None),
+        ("error", None),
+    ]
+
+
+def test_tokens_that_come_at_once_share_the_time_since_the_one_before() -> None:
+    clock = TokenClock(2)
+    clock.count(0, 1, 10.0)
+    clock.count(1, 2, 11.0)
+    clock.count(0, 2, 12.0)
+    clock.count(0, 0, 20.0)
+    assert clock.first_token_at == 10.0
+    assert clock.inter_token_s == [0.0, 1.0, 1.0]
