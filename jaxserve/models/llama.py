@@ -76,15 +76,11 @@ class DecoderLayer(nnx.Module):
 
 
 class Llama(nnx.Module):
-    """The whole decoder. Make it under `nnx.eval_shape`: parameters come from a checkpoint, not from here.
-
-    Attributes:
-        inv_freq: [D/2] float32, rotary angle per position; `rope_scale` multiplies cos and sin (YaRN).
-    """
+    """The whole decoder. Make it under `nnx.eval_shape`: parameters come from a checkpoint, not from here."""
 
     def __init__(self, config: ModelConfig, *, dtype: jnp.dtype, max_model_len: int) -> None:
         self.config = config
-        self.inv_freq, self.rope_scale = rope_frequencies(config, max_model_len)
+        self.max_model_len = max_model_len
         self.embed_tokens = Embedding(config.vocab_size, config.hidden_size, dtype=dtype)
         self.layers = nnx.List([DecoderLayer(config, dtype) for _ in range(config.num_layers)])
         self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps, dtype=dtype)
@@ -103,8 +99,9 @@ class Llama(nnx.Module):
         Returns:
             (hidden [T, E], the updated kv_pools).
         """
-        angles = positions.astype(jnp.float32)[:, None] * jnp.asarray(self.inv_freq)
-        cos, sin = jnp.cos(angles) * self.rope_scale, jnp.sin(angles) * self.rope_scale
+        inv_freq, rope_scale = rope_frequencies(self.config, self.max_model_len)
+        angles = positions.astype(jnp.float32)[:, None] * jnp.asarray(inv_freq)
+        cos, sin = jnp.cos(angles) * rope_scale, jnp.sin(angles) * rope_scale
         x = self.embed_tokens(token_ids)
         new_pools = []
         for layer, kv_pool in zip(self.layers, kv_pools, strict=True):

@@ -1,0 +1,1 @@
+"""Models in Flax, their configuration, and the loading of checkpoints."""
