@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 
 from jaxserve.block_manager import BlockManager
-from jaxserve.config import EngineConfig
+from jaxserve.config import EngineConfig, SchedulerConfig
 from jaxserve.errors import RequestError
 from jaxserve.messages import AbortRequest, AddRequest, EngineInfo, EngineStats, SequenceOutput, StepOutputs
 from jaxserve.model_runner import ModelRunner, StepResult
@@ -19,19 +19,29 @@ from jaxserve.sequence import Sequence
 class Engine:
     """Owns the live sequences; `step` moves all of them forward.
 
-    Raises (from the constructor):
-        ConfigError, ModelLoadError: the model or a flag is wrong.
+    Args:
+        limits: what to schedule under; the model runner's own if None.
+        seed: seeds requests that bring no seed.
     """
 
-    def __init__(self, config: EngineConfig, report: Callable[[str], None] = lambda _: None) -> None:
-        self.model_runner = ModelRunner(config, report)
-        self.limits = self.model_runner.limits
+    def __init__(self, model_runner: ModelRunner, limits: SchedulerConfig | None = None, *, seed: int = 0) -> None:
+        self.model_runner = model_runner
+        self.limits = limits or model_runner.limits
         self.block_manager = BlockManager(self.limits)
         self.scheduler = Scheduler(self.limits, self.block_manager)
         self._requests: dict[str, list[Sequence]] = {}
-        self._seeds = random.Random(config.seed)
+        self._seeds = random.Random(seed)
         self._last_step_s = 0.0
         self._last_num_tokens = 0
+
+    @classmethod
+    def load(cls, config: EngineConfig, report: Callable[[str], None] = lambda _: None) -> Engine:
+        """Load the model and compile everything; `report` takes lines for the start-up log.
+
+        Raises:
+            ConfigError, ModelLoadError: the model or a flag is wrong.
+        """
+        return cls(ModelRunner(config, report), seed=config.seed)
 
     @property
     def has_work(self) -> bool:

@@ -109,7 +109,7 @@ def serve(connection: Connection, config: EngineConfig) -> None:
     def report(text: str) -> None:
         connection.send(StartupPhase(text=text))
 
-    engine = Engine(config, report)
+    engine = Engine.load(config, report)
     connection.send(engine.info())
     while True:
         while not engine.has_work or not connection.received.empty():

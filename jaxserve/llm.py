@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from jaxserve.chat_template import load_chat_template, normalize_messages
 from jaxserve.config import EngineConfig
 from jaxserve.detokenizer import Detokenizer
 from jaxserve.engine import Engine
-from jaxserve.errors import ContextLengthError, RequestFailedError
-from jaxserve.generation_config import GenerationDefaults, load_generation_defaults
+from jaxserve.errors import ContextLengthError, ModelLoadError
+from jaxserve.generation_config import load_generation_defaults
 from jaxserve.messages import AbortRequest, AddRequest, FinishReason, SequenceOutput, TopLogprobs
 from jaxserve.models.loader import resolve_model
 from jaxserve.sampling_params import SamplingParams
@@ -22,7 +23,7 @@ Prompt = str | list[int]
 
 @dataclass
 class CompletionOutput:
-    """One generated sequence. `logprobs` has one entry a token, if they were asked for."""
+    """One generated sequence; `logprobs` has one entry a token if they were asked for."""
 
     index: int
     text: str = ""
@@ -34,9 +35,169 @@ class CompletionOutput:
 
 @dataclass
 class RequestOutput:
-    """All sequences of one prompt, by index."""
+    """All sequences of one prompt, by index. `prompt` is None where ids were given."""
 
     prompt: str | None
     prompt_token_ids: list[int]
     outputs: list[CompletionOutput]
     num_cached_tokens: int = 0
+
+
+class LLM:
+    """The engine that the server runs, without the server.
+
+    Args:
+        model: directory in Hugging Face form, .gguf file or hub id.
+        skip_tokenizer: prompts are ids, outputs have no text, and nothing but `stop_token_ids` and length
+            ends a sequence.
+        options: any other field of `EngineConfig`.
+
+    Raises:
+        ConfigError, ModelLoadError: the model or an option is wrong.
+    """
+
+    def __init__(self, model: str, *, skip_tokenizer: bool = False, **options: Any) -> None:  # noqa: ANN401
+        path = resolve_model(model)
+        self._tokenizer: Tokenizer | None = None
+        self._eos_token_ids: tuple[int, ...] = ()
+        if not skip_tokenizer:
+            source = options.get("tokenizer")
+            self._tokenizer = load_tokenizer(resolve_model(source) if source else path)
+            defaults = load_generation_defaults(path, "none", {}, self._tokenizer)
+            self._eos_token_ids = defaults.eos_token_ids
+        self._engine = Engine.load(EngineConfig(model=str(path), **options))
+        self._request_ids = itertools.count()
+
+    @property
+    def engine(self) -> Engine:
+        """The engine itself, to step by hand or to look into."""
+        return self._engine
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        if self._tokenizer is None:
+            raise ModelLoadError("This LLM was made with skip_tokenizer: prompts must be token ids.")
+        return self._tokenizer
+
+    def generate(
+        self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None
+    ) -> list[RequestOutput]:
+        """Generate for all prompts, batched as the engine sees fit; results in the order of the prompts.
+
+        Args:
+            prompts: one prompt or several, each text or token ids.
+            params: for all prompts, or one each.
+
+        Raises:
+            RequestError: a prompt or parameter is refused; nothing has been generated then.
+        """
+        batch = _as_prompts(prompts)
+        each = [params or SamplingParams()] * len(batch) if not isinstance(params, Sequence) else list(params)
+        if len(each) != len(batch):
+            raise ValueError(f"{len(batch)} prompts, but {len(each)} sampling parameters")
+        running: dict[str, _Running] = {}
+        for prompt, one in zip(batch, each, strict=True):
+            request_id = f"llm-{next(self._request_ids)}"
+            running[request_id] = _Running(self, request_id, prompt, one)
+        requests = [r.request(self._eos_token_ids) for r in running.values()]
+        for request in requests:
+            self._check_length(request)
+        for request in requests:
+            self._engine.add_request(request)
+        while self._engine.has_work:
+            for output in self._engine.step().outputs:
+                running[output.request_id].take(output)
+        return [r.result for r in running.values()]
+
+    def chat(
+        self,
+        conversations: list[dict[str, Any]] | list[list[dict[str, Any]]],
+        params: SamplingParams | None = None,
+        template_kwargs: Mapping[str, Any] | None = None,
+    ) -> list[RequestOutput]:
+        """Generate the next message of one conversation or of several.
+
+        Raises:
+            RequestError: the template fails, or `generate` refuses.
+        """
+        several = [c for c in conversations if isinstance(c, list)] or [[m for m in conversations if isinstance(m, dict)]]
+        template = load_chat_template(None, self.tokenizer)
+        if template is None:
+            raise ModelLoadError("The model has no chat template.")
+        kwargs = dict(template_kwargs or {})
+        texts = [template.render(normalize_messages(messages, template), **kwargs) for messages in several]
+        return self.generate([self.tokenizer.encode(text, add_special_tokens=False) for text in texts], params)
+
+    def _check_length(self, request: AddRequest) -> None:
+        asked, limit = request.params.max_tokens, self._engine.limits.max_model_len
+        if len(request.prompt_token_ids) + asked > limit:
+            raise ContextLengthError(
+                f"{len(request.prompt_token_ids)} prompt tokens and max_tokens {asked} are more than {limit}.",
+                param="max_tokens",
+            )
+
+
+class _Running:
+    """One prompt's sequences while they grow."""
+
+    def __init__(self, llm: LLM, request_id: str, prompt: Prompt, params: SamplingParams) -> None:
+        self._llm = llm
+        self._request_id = request_id
+        self._params = params
+        text = prompt if isinstance(prompt, str) else None
+        ids = llm.tokenizer.encode(prompt, add_special_tokens=True) if isinstance(prompt, str) else list(prompt)
+        self.result = RequestOutput(text, ids, [CompletionOutput(i) for i in range(params.n)])
+        tokenizer = llm._tokenizer
+        self._detokenizers = (
+            None
+            if tokenizer is None
+            else [
+                Detokenizer(
+                    tokenizer,
+                    skip_special_tokens=params.skip_special_tokens,
+                    spaces_between_special_tokens=params.spaces_between_special_tokens,
+                    stop=params.stop,
+                    include_stop_str_in_output=params.include_stop_str_in_output,
+                )
+                for _ in range(params.n)
+            ]
+        )
+
+    def request(self, eos_token_ids: tuple[int, ...]) -> AddRequest:
+        return AddRequest(
+            request_id=self._request_id,
+            prompt_token_ids=self.result.prompt_token_ids,
+            params=self._params,
+            eos_token_ids=eos_token_ids,
+        )
+
+    def take(self, step: SequenceOutput) -> None:
+        """Add what one step gave; a stop string ends the sequence in the engine, too."""
+        output = self.result.outputs[step.index]
+        self.result.num_cached_tokens = max(self.result.num_cached_tokens, step.num_cached_tokens)
+        output.token_ids += step.token_ids
+        output.logprobs += step.logprobs or []
+        output.finish_reason, output.stop_reason = step.finish_reason, step.stop_reason
+        if self._detokenizers is None:
+            return
+        detokenizer = self._detokenizers[step.index]
+        silent = step.finish_reason == "stop" and not self._params.include_stop_str_in_output
+        delta = detokenizer.push(step.token_ids[:-1] if silent else step.token_ids)
+        output.text += delta.text
+        stopped = delta.stopped
+        if stopped is None and step.finish_reason is not None:
+            rest = detokenizer.finish()
+            output.text, stopped = output.text + rest.text, rest.stopped
+        if stopped is not None:
+            if step.finish_reason is None:
+                self._llm.engine.abort_request(AbortRequest(request_id=self._request_id, indices=[step.index]))
+            output.finish_reason, output.stop_reason = "stop", stopped
+
+
+def _as_prompts(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
+    """Text, ids, or several of either → a list of prompts."""
+    if isinstance(prompts, str):
+        return [prompts]
+    if prompts and all(isinstance(p, int) for p in prompts):
+        return [[p for p in prompts if isinstance(p, int)]]
+    return [p for p in prompts if isinstance(p, str | list)]

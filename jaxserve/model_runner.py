@@ -92,7 +92,8 @@ class ModelRunner:
         self.block_size = config.block_size or defaults.block_size
         self._max_num_seqs = config.max_num_seqs or defaults.max_num_seqs
         chunk = defaults.max_num_batched_tokens if config.enable_chunked_prefill else self.max_model_len
-        self.buckets = token_buckets(config.max_num_batched_tokens or chunk)
+        max_num_batched_tokens = config.max_num_batched_tokens or chunk
+        self.buckets = token_buckets(max_num_batched_tokens)
         self._definition = ModelDefinition.of(
             lambda: Llama(self.model_config, dtype=self.dtype, max_model_len=self.max_model_len)
         )
@@ -105,7 +106,7 @@ class ModelRunner:
         self.limits = SchedulerConfig(
             max_model_len=self.max_model_len,
             max_num_seqs=self._max_num_seqs,
-            max_num_batched_tokens=self.buckets[-1],
+            max_num_batched_tokens=max_num_batched_tokens,
             block_size=self.block_size,
             num_blocks=num_blocks,
             enable_prefix_caching=config.enable_prefix_caching,

@@ -1,0 +1,315 @@
+"""What the engine promises: a result never depends on the batch, the budget, preemption or the cache."""
+
+from __future__ import annotations
+
+import json
+import random
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from jaxserve.config import EngineConfig
+from jaxserve.engine import Engine
+from jaxserve.errors import RequestError
+from jaxserve.messages import AbortRequest, AddRequest, SequenceOutput
+from jaxserve.model_runner import ModelRunner, token_buckets
+from jaxserve.sampling_params import SamplingParams
+
+TINY = {
+    "architectures": ["LlamaForCausalLM"],
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 300,
+    "max_position_embeddings": 128,
+    "rms_norm_eps": 1e-5,
+    "dtype": "float32",
+}
+Tokens = dict[tuple[str, int], list[int]]
+
+
+@pytest.fixture(scope="module")
+def runner(tmp_path_factory: pytest.TempPathFactory) -> ModelRunner:
+    """A tiny float32 model with random weights, compiled once for all tests of this file."""
+    directory: Path = tmp_path_factory.mktemp("tiny")
+    (directory / "config.json").write_text(json.dumps(TINY))
+    config = EngineConfig(
+        model=str(directory),
+        load_format="dummy",
+        max_num_seqs=16,
+        max_num_batched_tokens=128,
+        block_size=8,
+        kv_cache_memory_bytes=4 << 20,
+        compilation_cache=False,
+    )
+    return ModelRunner(config)
+
+
+def make_engine(runner: ModelRunner, **limits: Any) -> Engine:
+    return Engine(runner, replace(runner.limits, **limits))
+
+
+def run_all(engine: Engine, requests: list[AddRequest], *, check: bool = True) -> Tokens:
+    """Generate for all of them at once; verifies every invariant after every step."""
+    for request in requests:
+        engine.add_request(request)
+    tokens: Tokens = {}
+    while engine.has_work:
+        for output in engine.step().outputs:
+            tokens.setdefault((output.request_id, output.index), []).extend(output.token_ids)
+        if check:
+            engine.scheduler.check_integrity()
+    assert engine.block_manager.usage == 0.0
+    assert engine.stats().xla_compilations == 0
+    return tokens
+
+
+def mixed_requests(count: int, seed: int = 0) -> list[AddRequest]:
+    """Greedy and sampled, short and long, with shared prefixes and several sequences."""
+    rng = random.Random(seed)
+    prefixes = [[rng.randrange(300) for _ in range(40)] for _ in range(3)]
+    requests = []
+    for i in range(count):
+        prompt = rng.choice(prefixes)[: rng.randrange(41)] + [rng.randrange(300) for _ in range(rng.randrange(1, 30))]
+        params = SamplingParams(
+            n=rng.choice([1, 1, 1, 2, 3]),
+            temperature=rng.choice([0.0, 0.7, 1.0, 1.5]),
+            top_p=rng.choice([1.0, 1.0, 0.9, 0.5]),
+            top_k=rng.choice([-1, -1, 5, 40]),
+            min_p=rng.choice([0.0, 0.0, 0.1]),
+            seed=rng.randrange(-(2**63), 2**63),
+            max_tokens=rng.randrange(1, 20),
+        )
+        requests.append(AddRequest(request_id=str(i), prompt_token_ids=prompt, params=params, eos_token_ids=(0,)))
+    return requests
+
+
+@pytest.fixture(scope="module")
+def alone(runner: ModelRunner) -> Tokens:
+    """Each of 200 requests on its own, in an engine that remembers nothing."""
+    tokens: Tokens = {}
+    for request in mixed_requests(200):
+        tokens |= run_all(make_engine(runner, enable_prefix_caching=False), [request], check=False)
+    return tokens
+
+
+@pytest.mark.parametrize(
+    "limits",
+    [
+        {},
+        {"max_num_seqs": 3},
+        {"max_num_batched_tokens": 17},
+        {"enable_prefix_caching": False},
+        {"num_blocks": 18},
+        {"num_blocks": 18, "max_num_batched_tokens": 5, "enable_prefix_caching": False},
+        {"enable_chunked_prefill": False},
+    ],
+    ids=str,
+)
+def test_two_hundred_requests_give_the_same_tokens_alone_and_together(
+    runner: ModelRunner, alone: Tokens, limits: dict[str, Any]
+) -> None:
+    engine = make_engine(runner, **limits)
+    assert run_all(engine, mixed_requests(200)) == alone
+    if "num_blocks" in limits:
+        assert engine.scheduler.num_preemptions > 0
+    assert (engine.block_manager.num_hit_tokens > 0) == limits.get("enable_prefix_caching", True)
+
+
+@pytest.mark.parametrize("budget", range(1, 21))
+def test_every_chunk_size_gives_the_same_tokens(runner: ModelRunner, alone: Tokens, budget: int) -> None:
+    requests = mixed_requests(200)[:20]
+    expected = {key: tokens for key, tokens in alone.items() if int(key[0]) < 20}
+    assert run_all(make_engine(runner, max_num_batched_tokens=budget), requests) == expected
+
+
+def test_requests_that_arrive_in_between_change_nothing(runner: ModelRunner, alone: Tokens) -> None:
+    engine = make_engine(runner)
+    rng = random.Random(1)
+    waiting = mixed_requests(200)[::-1]
+    tokens: Tokens = {}
+    while waiting or engine.has_work:
+        for _ in range(min(rng.randrange(3), len(waiting))):
+            engine.add_request(waiting.pop())
+        if engine.has_work:
+            for output in engine.step().outputs:
+                tokens.setdefault((output.request_id, output.index), []).extend(output.token_ids)
+    assert tokens == alone
+
+
+def test_a_choice_is_the_same_whatever_n_is(runner: ModelRunner) -> None:
+    def choices(n: int) -> list[list[int]]:
+        params = SamplingParams(n=n, seed=7, max_tokens=12)
+        request = AddRequest(request_id="r", prompt_token_ids=[1, 2, 3], params=params)
+        tokens = run_all(make_engine(runner), [request])
+        return [tokens["r", i] for i in range(n)]
+
+    five = choices(5)
+    assert choices(3) == five[:3]
+    assert len({tuple(tokens) for tokens in five}) == 5
+
+
+def test_siblings_compute_a_shared_prompt_once(runner: ModelRunner) -> None:
+    engine = make_engine(runner, enable_prefix_caching=False)
+    params = SamplingParams(n=8, seed=1, max_tokens=2)
+    engine.add_request(AddRequest(request_id="r", prompt_token_ids=list(range(60)), params=params))
+    assert [engine.step().stats.num_tokens for _ in range(3)] == [59, 8, 8]
+
+
+def test_without_a_seed_each_request_draws_its_own(runner: ModelRunner) -> None:
+    def twice(engine: Engine) -> list[list[int]]:
+        results = []
+        for name in ("a", "b"):
+            params = SamplingParams(max_tokens=12)
+            request = AddRequest(request_id=name, prompt_token_ids=[5], params=params)
+            results.append(run_all(engine, [request])[name, 0])
+        return results
+
+    first, second = twice(make_engine(runner))
+    assert first != second
+    assert twice(make_engine(runner)) == [first, second]  # the engine's own seed makes a run repeatable
+
+
+def test_aborting_frees_the_blocks_at_once_wherever_the_request_is(runner: ModelRunner) -> None:
+    engine = make_engine(runner, max_num_seqs=2)
+    params = SamplingParams(max_tokens=50, temperature=0.0)
+    for name, length in (("decoding", 3), ("prefilling", 100), ("queued", 3)):
+        engine.add_request(AddRequest(request_id=name, prompt_token_ids=[1] * length, params=params))
+    engine.step()
+    for name, left in (("queued", 2), ("prefilling", 1), ("decoding", 0)):
+        engine.abort_request(AbortRequest(request_id=name))
+        engine.scheduler.check_integrity()
+        assert len(engine.scheduler.running) + len(engine.scheduler.waiting) == left
+    assert engine.block_manager.usage == 0.0
+    assert not engine.has_work
+    engine.abort_request(AbortRequest(request_id="never heard of"))
+
+
+def test_aborting_one_choice_leaves_the_others(runner: ModelRunner) -> None:
+    params = SamplingParams(n=3, seed=3, max_tokens=10)
+    request = AddRequest(request_id="r", prompt_token_ids=[4, 5, 6], params=params)
+    expected = run_all(make_engine(runner), [request])
+    for aborted in range(3):
+        engine = make_engine(runner)
+        engine.add_request(request)
+        for _ in range(4):
+            engine.step()
+        engine.abort_request(AbortRequest(request_id="r", indices=[aborted]))
+        outputs: list[SequenceOutput] = []
+        while engine.has_work:
+            outputs += engine.step().outputs
+        ended = {o.index: o for o in outputs if o.finish_reason}
+        assert set(ended) == {0, 1, 2} - {aborted}
+        for index, tokens in ((i, expected["r", i]) for i in ended):
+            assert tokens[-len([o for o in outputs if o.index == index]) :] == [
+                t for o in outputs if o.index == index for t in o.token_ids
+            ]
+        assert engine.block_manager.usage == 0.0
+
+
+def test_a_first_output_says_when_a_sequence_was_scheduled_and_what_was_cached(runner: ModelRunner) -> None:
+    engine = make_engine(runner)
+    prompt = list(range(20))
+    params = SamplingParams(max_tokens=1, temperature=0.0)
+    run_all(engine, [AddRequest(request_id="a", prompt_token_ids=prompt, params=params)])
+    engine.add_request(AddRequest(request_id="b", prompt_token_ids=prompt, params=params))
+    first, second = engine.step().outputs
+    assert first.scheduled_at is not None
+    assert first.token_ids == []
+    assert second.num_cached_tokens == 16
+    assert second.finish_reason == "length"
+
+
+def test_logprobs_come_with_every_token_of_rows_that_asked(runner: ModelRunner) -> None:
+    engine = make_engine(runner)
+    asks = AddRequest(request_id="a", prompt_token_ids=[1, 2], params=SamplingParams(max_tokens=3, logprobs=2, seed=1))
+    plain = AddRequest(request_id="b", prompt_token_ids=[1, 2], params=SamplingParams(max_tokens=3, seed=1))
+    engine.add_request(asks)
+    engine.add_request(plain)
+    outputs = []
+    while engine.has_work:
+        outputs += [o for o in engine.step().outputs if o.token_ids]
+    for output in outputs:
+        if output.request_id == "b":
+            assert output.logprobs is None
+            continue
+        assert output.logprobs is not None
+        (entry,) = output.logprobs
+        assert len(entry.top_ids) == len(entry.top_logprobs) == 2
+        assert entry.top_logprobs[0] >= entry.top_logprobs[1]
+        assert entry.logprob <= 0.0
+        assert (entry.rank == 1) == (output.token_ids[0] == entry.top_ids[0])
+
+
+@pytest.mark.parametrize(
+    ("change", "param"),
+    [
+        ({"prompt_token_ids": []}, "prompt"),
+        ({"prompt_token_ids": [300]}, "prompt"),
+        ({"prompt_token_ids": [-1]}, "prompt"),
+        ({"prompt_token_ids": [1] * 128}, "prompt"),
+        ({"request_id": "taken"}, "request_id"),
+        ({"params": SamplingParams(logprobs=21)}, "logprobs"),
+    ],
+    ids=str,
+)
+def test_a_request_that_slips_through_is_refused_and_harms_nobody(
+    runner: ModelRunner, change: dict[str, Any], param: str
+) -> None:
+    engine = make_engine(runner)
+    fields: dict[str, Any] = {"request_id": "r", "prompt_token_ids": [1], "params": SamplingParams(max_tokens=2)}
+    engine.add_request(AddRequest(request_id="taken", prompt_token_ids=[1], params=SamplingParams(max_tokens=2)))
+    with pytest.raises(RequestError) as refusal:
+        engine.add_request(AddRequest(**(fields | change)))
+    assert refusal.value.param == param
+    assert len(run_all(engine, [])["taken", 0]) == 2
+
+
+def test_buckets_are_at_most_eight_and_reach_the_budget() -> None:
+    assert token_buckets(512) == [8, 16, 32, 64, 128, 256, 512]
+    assert token_buckets(1) == [8]
+    assert token_buckets(100) == [8, 16, 32, 64, 104]
+    for budget in (1, 7, 8, 9, 2048, 8192, 131072):
+        buckets = token_buckets(budget)
+        assert len(buckets) <= 8
+        assert buckets == sorted(buckets)
+        assert buckets[-1] >= budget
+
+
+def test_one_program_and_one_transfer_each_way_per_step(runner: ModelRunner, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[tuple[int, ...]] = []
+    programs = dict(runner._programs)
+
+    def counted(bucket: int) -> Any:
+        def call(leaves: Any, pools: Any, packed: Any) -> Any:
+            calls.append(packed.shape)
+            return programs[bucket](leaves, pools, packed)
+
+        return call
+
+    monkeypatch.setattr(runner, "_programs", {bucket: counted(bucket) for bucket in programs})
+    engine = make_engine(runner)
+    requests = mixed_requests(6)
+    for request in requests:
+        engine.add_request(request)
+    steps = 0
+    while engine.has_work:
+        engine.step()
+        steps += 1
+    assert len(calls) == steps
+    assert all(len(shape) == 1 for shape in calls)  # one packed array
+    assert engine.stats().xla_compilations == 0
+
+
+def test_the_pool_is_updated_in_place(runner: ModelRunner) -> None:
+    """No program holds a copy of it: aliased whole, and too little temporary memory for one layer's share."""
+    num_blocks = 20_000
+    pool_bytes = num_blocks * runner._spec.bytes_per_block
+    for bucket in (runner.buckets[0], runner.buckets[-1]):
+        memory = runner._compile(bucket, num_blocks).memory_analysis()
+        assert memory.alias_size_in_bytes >= pool_bytes
+        assert memory.temp_size_in_bytes < pool_bytes / 20

@@ -1,0 +1,136 @@
+"""Every implementation of paged attention against the plain reference, on ragged batches over scattered blocks."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from jaxserve.block_manager import BlockCopy
+from jaxserve.kernels import reference
+from jaxserve.kernels.metadata import AttentionMetadata
+from jaxserve.kernels.paged_attention import paged_attention
+from jaxserve.sampling_params import SamplingParams
+from jaxserve.scheduler import ScheduledRow, StepPlan
+from jaxserve.sequence import Sequence
+from jaxserve.step import copy_blocks
+from jaxserve.step_inputs import StepShape, pack_step
+
+BLOCK_SIZE = 16
+NUM_BLOCKS = 160
+MAX_MODEL_LEN = 512
+
+
+def make_plan(rows: list[tuple[int, int]], rng: np.random.RandomState) -> StepPlan:
+    """Rows of (tokens computed before, tokens of this step), over blocks scattered through the pool."""
+    free = list(rng.permutation(np.arange(1, NUM_BLOCKS)))
+    plan = StepPlan()
+    for computed, num_tokens in sorted(rows, key=lambda row: row[1] > 1):
+        tokens = [1] * (computed + num_tokens)
+        sequence = Sequence("r", 0, tokens, SamplingParams(), seed=0, max_model_len=MAX_MODEL_LEN)
+        sequence.num_computed_tokens = computed
+        sequence.block_table = [int(free.pop()) for _ in range(-(-len(tokens) // BLOCK_SIZE))]
+        plan.rows.append(ScheduledRow(sequence, num_tokens, []))
+    return plan
+
+
+def metadata_of(plan: StepPlan, bucket: int) -> AttentionMetadata:
+    shape = StepShape(bucket, min(bucket, 64), MAX_MODEL_LEN // BLOCK_SIZE)
+    inputs = {k: jnp.asarray(v) for k, v in shape.unpack(pack_step(plan, shape, BLOCK_SIZE)).items()}
+    single, num_tiles, _ = inputs["counts"]
+    names = ("block_tables", "seq_lens", "query_start_loc", "positions", "token_rows", "slot_mapping", "tiles")
+    return AttentionMetadata(**{n: inputs[n] for n in names}, num_single_tokens=single, num_tiles=num_tiles)
+
+
+def run_both(
+    rows: list[tuple[int, int]], bucket: int, heads: tuple[int, int, int], window: int | None, dtype: str
+) -> tuple[np.ndarray, np.ndarray, int]:
+    """(ours, reference, number of real tokens); every unused slot of the pool is NaN."""
+    H, K, D = heads
+    rng = np.random.RandomState(0)
+    plan = make_plan(rows, rng)
+    metadata = metadata_of(plan, bucket)
+    pool = np.full((NUM_BLOCKS, 2, K, BLOCK_SIZE, D), np.nan, np.float32)
+    pool[0] = 0.0  # the null block: what padding points to
+    for row in plan.rows:
+        for position in range(row.sequence.num_computed_tokens):
+            block = row.sequence.block_table[position // BLOCK_SIZE]
+            pool[block, :, :, position % BLOCK_SIZE] = rng.randn(2, K, D)
+    zeroed = jnp.asarray(np.nan_to_num(pool), dtype)
+    q = jnp.asarray(rng.randn(bucket, H, D), dtype)
+    k, v = (jnp.asarray(rng.randn(bucket, K, D), dtype) for _ in range(2))
+    expected_pool = reference.write_kv(zeroed, k, v, metadata.slot_mapping)
+    expected = reference.paged_attention(q, expected_pool, metadata, scale=0.2, sliding_window=window)
+    as_bits = jax.lax.bitcast_convert_type(zeroed, jnp.uint16) if dtype == "bfloat16" else zeroed
+    out, new_pool = paged_attention(q, k, v, as_bits, metadata, scale=0.2, sliding_window=window)
+    if dtype == "bfloat16":
+        new_pool = jax.lax.bitcast_convert_type(new_pool, jnp.bfloat16)
+    # what was written is what the reference writes, but for the null block
+    np.testing.assert_array_equal(np.asarray(new_pool[1:], np.float32), np.asarray(expected_pool[1:], np.float32))
+    return np.asarray(out, np.float32), np.asarray(expected, np.float32), plan.num_tokens
+
+
+CASES = {
+    "decode": ([(3, 1), (130, 1), (0, 1), (255, 1)], 8),
+    "small chunks in a small bucket": ([(0, 9), (17, 1), (40, 13)], 32),
+    "one prompt": ([(0, 200)], 256),
+    "chunk behind a context": ([(300, 150)], 256),
+    "mixed": ([(99, 1), (33, 1), (0, 70), (150, 65), (7, 3)], 256),
+}
+
+
+@pytest.mark.parametrize("window", [None, 5, 100])
+@pytest.mark.parametrize(("rows", "bucket"), CASES.values(), ids=CASES.keys())
+def test_equals_the_reference_in_float32(rows: list[tuple[int, int]], bucket: int, window: int | None) -> None:
+    ours, expected, n = run_both(rows, bucket, (6, 2, 16), window, "float32")
+    np.testing.assert_allclose(ours[:n], expected[:n], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("heads", [(4, 4, 16), (8, 1, 32), (9, 3, 64)], ids=str)
+def test_every_grouping_of_heads(heads: tuple[int, int, int]) -> None:
+    rows, bucket = CASES["mixed"]
+    ours, expected, n = run_both(rows, bucket, heads, None, "float32")
+    np.testing.assert_allclose(ours[:n], expected[:n], rtol=1e-5, atol=1e-6)
+
+
+def test_bfloat16_pools_are_kept_as_bits() -> None:
+    rows, bucket = CASES["mixed"]
+    ours, expected, n = run_both(rows, bucket, (6, 2, 16), None, "bfloat16")
+    np.testing.assert_allclose(ours[:n], expected[:n], rtol=2e-2, atol=2e-2)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    st.lists(st.tuples(st.integers(0, 150), st.integers(1, 60)), min_size=1, max_size=8),
+    st.sampled_from([None, 1, 33, 128]),
+)
+def test_any_batch(rows: list[tuple[int, int]], window: int | None) -> None:
+    bucket = 512 if sum(n for _, n in rows) > 64 else 64
+    ours, expected, n = run_both(rows, bucket, (4, 2, 8), window, "float32")
+    np.testing.assert_allclose(ours[:n], expected[:n], rtol=1e-5, atol=1e-6)
+
+
+def test_a_token_does_not_depend_on_its_neighbours() -> None:
+    """Bit for bit: longer contexts beside it only add chunks that are masked out."""
+    alone, _, _ = run_both([(37, 1)], 8, (6, 2, 16), None, "float32")
+    rng = np.random.RandomState(0)
+    crowd = make_plan([(37, 1), (300, 1), (129, 1)], rng)
+    single = metadata_of(crowd, 8)
+    pool = jnp.asarray(rng.randn(NUM_BLOCKS, 2, 2, BLOCK_SIZE, 16), jnp.float32)
+    q, k, v = (jnp.asarray(rng.randn(8, h, 16), jnp.float32) for h in (6, 2, 2))
+    together, _ = paged_attention(q, k, v, pool, single, scale=0.2)
+    crowd.rows = crowd.rows[:1]
+    only, _ = paged_attention(q, k, v, pool, metadata_of(crowd, 8), scale=0.2)
+    np.testing.assert_array_equal(np.asarray(together[0]), np.asarray(only[0]))
+    assert np.isfinite(alone).all()
+
+
+def test_blocks_are_copied_in_order_and_only_as_many_as_asked() -> None:
+    pools = [jnp.arange(6.0).reshape(6, 1) + 10 * layer for layer in range(2)]
+    copies = np.array([BlockCopy(1, 2), BlockCopy(2, 3), BlockCopy(4, 5)], np.int32)
+    first, second = copy_blocks(pools, jnp.asarray(copies), jnp.int32(2))
+    assert first[:, 0].tolist() == [0, 1, 1, 1, 4, 5]
+    assert second[:, 0].tolist() == [10, 11, 11, 11, 14, 15]

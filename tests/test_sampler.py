@@ -1,0 +1,177 @@
+"""The sampler against plain numpy, and its promises: greedy, masks, seeds, independence of the batch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxserve import sampler
+from jaxserve.sampler import SamplingInputs, sample
+
+Array = np.ndarray
+
+
+def inputs_for(rows: int, **values: Any) -> SamplingInputs:
+    """Neutral sampling inputs; each value is a scalar or one per row."""
+    neutral: dict[str, tuple[Any, Any]] = {
+        "temperature": (1.0, jnp.float32),
+        "top_p": (1.0, jnp.float32),
+        "min_p": (0.0, jnp.float32),
+        "top_k": (0, jnp.int32),
+        "seed_low": (0, jnp.uint32),
+        "seed_high": (0, jnp.uint32),
+        "choice": (0, jnp.int32),
+        "position": (0, jnp.int32),
+        "num_logprobs": (-1, jnp.int32),
+    }
+    fields = {
+        name: jnp.broadcast_to(jnp.asarray(values.get(name, default), dtype), (rows,))
+        for name, (default, dtype) in neutral.items()
+    }
+    return SamplingInputs(**fields)
+
+
+def run(logits: Array, inputs: SamplingInputs, *, max_logprobs: int = 5, processed: bool = False) -> Any:
+    step = jax.jit(lambda x, i: sample(x, i, max_logprobs=max_logprobs, processed_logprobs=processed))
+    return jax.tree.map(np.asarray, step(jnp.asarray(logits, jnp.float32), inputs))
+
+
+def allowed_tokens(logits: Array, *, temperature: float, top_k: int, top_p: float, min_p: float) -> set[int]:
+    """The set that may be drawn, by sorting: the definition."""
+    scaled = logits.astype(np.float64) / temperature
+    order = np.argsort(-scaled, kind="stable")
+    if top_k > 0:
+        order = order[:top_k]
+    p = np.exp(scaled[order] - scaled[order[0]])
+    p /= p.sum()
+    size = int(np.searchsorted(np.cumsum(p), top_p, side="left")) + 1 if top_p < 1.0 else len(order)
+    order, p = order[:size], p[:size]
+    return {int(t) for t, q in zip(order, p, strict=True) if q >= min_p * p[0]}
+
+
+def drawn_tokens(logits: Array, num_draws: int, **values: Any) -> list[int]:
+    """`num_draws` draws from one row's logits at successive positions."""
+    inputs = inputs_for(num_draws, position=np.arange(num_draws), **values)
+    return run(np.tile(logits, (num_draws, 1)), inputs).token_ids.tolist()
+
+
+def test_greedy_takes_the_lowest_id_on_a_tie_and_ignores_the_filters() -> None:
+    logits = np.zeros((3, 300))
+    logits[0, [7, 3, 250]] = 5.0
+    logits[1, 299] = 1.0
+    out = run(logits, inputs_for(3, temperature=0.0, top_p=0.1, top_k=1, min_p=1.0))
+    assert out.token_ids.tolist() == [3, 299, 0]
+
+
+@pytest.mark.parametrize("vocab_size", [200, 5000], ids=["candidates cover it", "larger than the candidates"])
+@pytest.mark.parametrize(
+    "filters",
+    [
+        {"top_k": 1},
+        {"top_k": 7},
+        {"top_p": 0.3},
+        {"top_p": 0.999},
+        {"min_p": 0.2},
+        {"top_k": 50, "top_p": 0.5},
+        {"top_k": 20, "top_p": 0.8, "min_p": 0.1},
+        {"top_k": 4000, "top_p": 0.99},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("temperature", [0.5, 2.0])
+def test_draws_only_and_all_of_the_allowed_tokens(vocab_size: int, filters: dict[str, float], temperature: float) -> None:
+    logits = np.random.RandomState(1).randn(vocab_size) * 2
+    settings: Any = {"top_k": 0, "top_p": 1.0, "min_p": 0.0, **filters}
+    allowed = allowed_tokens(logits, temperature=temperature, **settings)
+    drawn = set(drawn_tokens(logits, 400, temperature=temperature, **settings))
+    assert drawn <= allowed
+    if len(allowed) <= 8:
+        assert drawn == allowed
+    scaled, keep = sampler._processed(
+        jnp.asarray(logits[None], jnp.float32), inputs_for(1, temperature=temperature, **settings), jnp.ones(1, bool)
+    )
+    assert set(np.flatnonzero(np.asarray(keep)[0]).tolist()) == allowed
+    assert np.isfinite(np.asarray(scaled)).all()
+
+
+def test_top_k_one_equals_greedy_with_ties() -> None:
+    logits = np.round(np.random.RandomState(2).randn(64, 500))  # many equal maxima
+    greedy = run(logits, inputs_for(64, temperature=0.0)).token_ids
+    single = run(logits, inputs_for(64, temperature=1.5, top_k=1, position=np.arange(64))).token_ids
+    assert single.tolist() == greedy.tolist()
+
+
+def test_draws_follow_the_softmax() -> None:
+    logits = np.log(np.array([0.5, 0.25, 0.125, 0.125]))
+    counts = np.bincount(drawn_tokens(logits, 40_000), minlength=4) / 40_000
+    np.testing.assert_allclose(counts, [0.5, 0.25, 0.125, 0.125], atol=0.01)  # four standard errors
+
+
+def test_a_draw_depends_on_seed_choice_and_position_only() -> None:
+    rng = np.random.RandomState(3)
+    rows = rng.randn(16, 1000)
+    keys: Any = {"seed_low": rng.randint(0, 2**31, 16), "choice": np.arange(16), "position": rng.randint(0, 999, 16)}
+    together = run(rows, inputs_for(16, **keys)).token_ids
+    alone = [run(rows[i : i + 1], inputs_for(1, **{k: v[i] for k, v in keys.items()})).token_ids[0] for i in range(16)]
+    assert together.tolist() == alone
+    shuffled = rng.permutation(16)
+    again = run(rows[shuffled], inputs_for(16, **{k: v[shuffled] for k, v in keys.items()})).token_ids
+    assert again.tolist() == together[shuffled].tolist()
+
+
+def test_a_row_that_the_candidates_do_not_cover_changes_nothing_for_the_others() -> None:
+    rng = np.random.RandomState(4)
+    peaked, flat = rng.randn(3000) * 5, rng.randn(3000) * 0.01
+    alone = run(peaked[None], inputs_for(1, top_p=0.9, position=11)).token_ids[0]
+    top_p = np.array([0.9, 0.99])
+    both = run(np.stack([peaked, flat]), inputs_for(2, top_p=top_p, position=np.array([11, 12]))).token_ids
+    assert both[0] == alone
+
+
+def test_different_seeds_choices_and_positions_give_different_draws() -> None:
+    flat = np.zeros(1000)
+    for field in ("seed_low", "seed_high", "choice", "position"):
+        values = {field: np.arange(50)}
+        tokens = run(np.tile(flat, (50, 1)), inputs_for(50, **values)).token_ids
+        assert len(set(tokens.tolist())) > 40, field
+
+
+def test_logprobs_are_those_of_the_unmodified_logits() -> None:
+    rng = np.random.RandomState(5)
+    logits = rng.randn(2, 400)
+    out = run(logits, inputs_for(2, temperature=0.7, top_k=3, num_logprobs=4))
+    expected = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    for row in range(2):
+        token = out.token_ids[row]
+        assert out.logprobs[row] == pytest.approx(expected[row, token], abs=1e-5)
+        assert out.ranks[row] == 1 + (logits[row] > logits[row, token]).sum()
+        order = np.argsort(-logits[row])[:5]
+        assert out.top_ids[row].tolist() == order.tolist()
+        np.testing.assert_allclose(out.top_logprobs[row], expected[row, order], atol=1e-5)
+
+
+def test_processed_logprobs_are_those_of_the_distribution_that_was_sampled_from() -> None:
+    logits = np.log(np.array([[0.5, 0.3, 0.15, 0.05]]))
+    out = run(logits, inputs_for(1, temperature=0.5, top_k=2, num_logprobs=4), max_logprobs=4, processed=True)
+    p = np.array([0.25, 0.09]) / 0.34
+    np.testing.assert_allclose(np.exp(out.top_logprobs[0, :2]), p, atol=1e-5)
+    assert np.isneginf(out.top_logprobs[0, 2:]).all()
+    assert np.exp(out.logprobs[0]) == pytest.approx(p[out.token_ids[0]], abs=1e-5)
+
+
+def test_more_logprobs_than_tokens_are_padded() -> None:
+    out = run(np.zeros((1, 3)), inputs_for(1, num_logprobs=5))
+    assert out.top_ids.shape == (1, 5)
+    assert np.isneginf(out.top_logprobs[0, 3:]).all()
+
+
+@pytest.mark.parametrize("value", [-1e30, -3.5, -0.0, 0.0, 1e-20, 7.0, 3e38])
+def test_sortable_integers_keep_the_order_of_floats(value: float) -> None:
+    around = np.array([-np.inf, value, np.inf], np.float32)
+    keys = np.asarray(sampler._sortable(jnp.asarray(around)))
+    assert keys[0] < keys[1] < keys[2]
+    assert np.asarray(sampler._from_sortable(jnp.asarray(keys))).tolist() == around.tolist()
