@@ -35,9 +35,14 @@ def inputs_for(rows: int, **values: Any) -> SamplingInputs:
     return SamplingInputs(**fields)
 
 
+jitted_sample = jax.jit(sample, static_argnames=("max_logprobs", "processed_logprobs"))
+
+
 def run(logits: Array, inputs: SamplingInputs, *, max_logprobs: int = 5, processed: bool = False) -> Any:
-    step = jax.jit(lambda x, i: sample(x, i, max_logprobs=max_logprobs, processed_logprobs=processed))
-    return jax.tree.map(np.asarray, step(jnp.asarray(logits, jnp.float32), inputs))
+    out = jitted_sample(
+        jnp.asarray(logits, jnp.float32), inputs, max_logprobs=max_logprobs, processed_logprobs=processed
+    )
+    return jax.tree.map(np.asarray, out)
 
 
 def allowed_tokens(logits: Array, *, temperature: float, top_k: int, top_p: float, min_p: float) -> set[int]:
