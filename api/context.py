@@ -1,4 +1,4 @@
-"""What the route handlers share: one `ServerContext` per app, found at `current_app.extensions["jaxserve"]`."""
+"""What the route handlers share: one `ServerContext` per app, at `current_app.extensions["jaxserve"]`."""
 
 from __future__ import annotations
 
@@ -9,10 +9,12 @@ from typing import cast
 from quart import current_app
 
 from jaxserve.api.admission import Admission
+from jaxserve.api.errors import unavailable
 from jaxserve.api.metrics import Metrics
 from jaxserve.chat_template import ChatTemplate
 from jaxserve.config import ServerConfig
 from jaxserve.engine_client import EngineClient
+from jaxserve.errors import EngineStartingError
 from jaxserve.generation_config import GenerationDefaults
 from jaxserve.tokenizer import Tokenizer
 
@@ -46,6 +48,19 @@ class ServerContext:
     ) -> None:
         """Called once, before the server says that it is ready."""
         self._tokenizer, self._chat_template, self._generation_defaults = tokenizer, chat_template, defaults
+
+    def check_serving(self) -> None:
+        """Whether requests can be served now.
+
+        Raises:
+            HttpError: the server is draining.
+            EngineError: it is starting, or the engine is dead or has stalled.
+        """
+        if self.draining:
+            raise unavailable("draining", "The server is shutting down.", retry_after_s=10)
+        self.engine.check_serving()
+        if self._tokenizer is None:
+            raise EngineStartingError("The tokenizer is still loading.")
 
     @property
     def tokenizer(self) -> Tokenizer:

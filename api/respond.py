@@ -11,16 +11,18 @@ from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from typing import TypeVar
 
+import msgspec
 from quart import Response, g
 
 from jaxserve.api.context import ServerContext
 from jaxserve.api.errors import HttpError, error_body
-from jaxserve.api.generation import ChoiceDelta, Generation, Usage
+from jaxserve.api.generation import ChoiceDelta, Generation, RequestTimings, Usage
 from jaxserve.api.prompts import PromptEncoder, TokenizedPrompt
 from jaxserve.api.protocol import GenerationRequest, Protocol, ProtocolConfig, protocol_for
 from jaxserve.api.responses import DONE, Renderer, ResponseHead, event
 from jaxserve.api.sse import sse_response
 from jaxserve.errors import JaxserveError
+from jaxserve.sampling_params import SamplingParams
 
 logger = logging.getLogger(__name__)
 MAX_IGNORED_HEADER_CHARS = 2048
@@ -101,8 +103,15 @@ async def respond(
     """
     if not any(prompt.max_tokens for prompt in prompts):
         return _echo_alone(request, prompts, renderer)
-    n = request.sampling.n
-    context.admission.admit(sum(len(prompt.token_ids) for prompt in prompts), len(prompts) * n)
+    release = context.admission.admit(sum(len(prompt.token_ids) for prompt in prompts))
+
+    def ended(timings: RequestTimings) -> None:
+        release()
+        context.metrics.observe_request(timings)
+
+    if context.config.enable_log_requests:
+        lengths = [len(prompt.token_ids) for prompt in prompts]
+        logger.info("%s prompt tokens %s, %s", arrival.request_id, lengths, _describe(request.sampling))
     generation = Generation(
         context.engine,
         context.tokenizer,
@@ -113,11 +122,17 @@ async def respond(
         cache_salt=request.cache_salt,
         arrived_at=arrival.monotonic,
         timeout_s=context.config.request_timeout_s,
-        observe=context.metrics.observe_request,
+        observe=ended,
     )
     if request.output.stream:
         return await _stream(context, arrival, generation, renderer)
     return await _whole(generation, renderer)
+
+
+def _describe(params: SamplingParams) -> str:
+    """Sampling parameters for the log; stop strings are text of the client's and stay out of it."""
+    shown = {name: value for name, value in msgspec.structs.asdict(params).items() if name != "stop"}
+    return " ".join(f"{name}={value}" for name, value in shown.items() if value not in (None, ()))
 
 
 def _echo_alone(

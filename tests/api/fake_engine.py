@@ -10,6 +10,7 @@ import asyncio
 import time
 from collections.abc import Callable, Iterable, Sequence
 
+from jaxserve.engine_client import EngineLoad
 from jaxserve.errors import EngineError
 from jaxserve.messages import (
     AddRequest,
@@ -105,6 +106,11 @@ class FakeEngineClient:
     def live(self) -> dict[str, set[int]]:
         """Sequences that neither finished nor were aborted, by request id."""
         return {request_id: stream.live for request_id, stream in self._streams.items() if stream.live}
+
+    @property
+    def load(self) -> EngineLoad:
+        live = self.live
+        return EngineLoad(len(live), 0, sum(len(indices) for indices in live.values()))
 
     def check_serving(self) -> None:
         if self.error is not None:

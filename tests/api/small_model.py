@@ -74,7 +74,7 @@ def make_context(tokenizer: Tokenizer, engine: FakeEngineClient, **config: Any) 
         config=server_config,
         engine=engine,
         metrics=Metrics(),
-        admission=Admission(),
+        admission=Admission(engine, server_config),
         executor=ThreadPoolExecutor(1),
         created=CREATED,
         system_fingerprint=FINGERPRINT,

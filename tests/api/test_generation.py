@@ -723,7 +723,7 @@ async def test_ignored_fields_are_listed_in_a_header(server: MakeServer) -> None
 # --- what metrics are told -------------------------------------------------------------------------------
 
 
-class Recorder:
+class Recorder(Metrics):
     """Stands in for the metrics."""
 
     def __init__(self) -> None:

@@ -1,0 +1,40 @@
+"""`python -m jaxserve.api --model M`, and `jaxserve serve M`."""
+
+from __future__ import annotations
+
+import logging
+import sys
+
+from jaxserve.api.cli import parse_args
+from jaxserve.api.serving import serve
+from jaxserve.errors import ConfigError, JaxserveError, ModelLoadError
+
+
+def cli() -> None:
+    """Entry point: ends the process with 0 after a drain, 2 for a wrong flag or model, 1 for a defect."""
+    sys.exit(run(sys.argv[1:]))
+
+
+def run(arguments: list[str]) -> int:
+    """The exit status."""
+    try:
+        config = parse_args(arguments)
+        logging.basicConfig(
+            stream=sys.stderr,
+            level=config.log_level.upper(),
+            format="%(asctime)s %(levelname)s %(name)s: %(message)s",
+        )
+        return serve(config)
+    except (ConfigError, ModelLoadError) as error:
+        print(f"jaxserve: {error}", file=sys.stderr)
+        return 2
+    except JaxserveError as error:
+        print(f"jaxserve: {error}", file=sys.stderr)
+        return 1
+    except OSError as error:
+        print(f"jaxserve: the server cannot start: {error}", file=sys.stderr)
+        return 1
+
+
+if __name__ == "__main__":
+    cli()

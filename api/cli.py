@@ -1,0 +1,177 @@
+"""The command line → configuration. Names are vLLM's where one exists; docs/flags.md explains each."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+import jaxserve
+from jaxserve.config import EngineConfig, ServerConfig
+from jaxserve.errors import ConfigError
+
+KEY_VARIABLE = "JAXSERVE_API_KEY"
+
+
+class _Parser(argparse.ArgumentParser):
+    """Faults are one line and exit status 2, whoever finds them."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(message)
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """Every flag; those left out are None, so that the defaults are the configuration's own."""
+    parser = _Parser(
+        prog="python -m jaxserve.api",
+        description="Serve a large language model over OpenAI's API.",
+        allow_abbrev=False,
+        argument_default=argparse.SUPPRESS,
+    )
+    parser.add_argument("--version", action="version", version=f"jaxserve {jaxserve.__version__}")
+    model = parser.add_argument_group("model")
+    model.add_argument("--model", required=True, help="directory, .gguf file or hub id")
+    model.add_argument("--tokenizer", help="directory, .gguf file or hub id; the model's own")
+    model.add_argument("--served-model-name", nargs="+", action="extend", help="names that requests may use")
+    model.add_argument("--dtype", help="auto, bfloat16, float16 or float32")
+    model.add_argument("--load-format", help="auto, safetensors, gguf or dummy")
+    model.add_argument("--max-model-len", type=_int, help="tokens of prompt and output together")
+    model.add_argument("--seed", type=_int, help="seeds requests without a seed")
+    model.add_argument("--generation-config", help="auto, none, or a folder")
+    model.add_argument("--override-generation-config", type=_json_object, help="JSON object of sampling defaults")
+    server = parser.add_argument_group("server")
+    server.add_argument("--host")
+    server.add_argument("--port", type=_int)
+    server.add_argument("--uds", help="serve on a UNIX socket instead")
+    server.add_argument("--api-key", nargs="+", action="extend", help=f"or, safer, {KEY_VARIABLE} (comma-separated)")
+    server.add_argument("--allowed-origins", nargs="+", action="extend", help="CORS is off without it")
+    server.add_argument("--allowed-methods", nargs="+", action="extend")
+    server.add_argument("--allowed-headers", nargs="+", action="extend")
+    server.add_argument("--allow-credentials", action="store_true")
+    server.add_argument("--ssl-keyfile")
+    server.add_argument("--ssl-certfile")
+    server.add_argument("--ssl-ca-certs")
+    server.add_argument("--root-path", help="path under which a proxy shows this server")
+    server.add_argument("--unknown-fields", help="reject or ignore")
+    server.add_argument("--max-body-bytes", type=_int)
+    server.add_argument("--max-connections", type=_int)
+    server.add_argument("--max-num-queued-reqs", type=_int)
+    server.add_argument("--max-num-queued-tokens", type=_int)
+    server.add_argument("--request-timeout", type=_float, help="seconds; 0: none")
+    server.add_argument("--stall-timeout", type=_float, help="seconds that a client may read nothing")
+    server.add_argument("--stall-limit", type=_float, help="seconds that the engine may finish no step")
+    server.add_argument("--shutdown-timeout", type=_float, help="seconds to drain at SIGTERM")
+    server.add_argument("--sse-keep-alive-interval", type=_float, help="seconds; 0: none")
+    server.add_argument("--enable-log-requests", action="store_true")
+    server.add_argument("--disable-docs", action="store_true")
+    server.add_argument("--log-level", help="debug, info, warning or error")
+    text = parser.add_argument_group("prompts and outputs")
+    text.add_argument("--chat-template", help="a file, or the template's text")
+    text.add_argument("--response-role")
+    text.add_argument("--default-chat-template-kwargs", type=_json_object, help="JSON object of template variables")
+    text.add_argument("--no-request-chat-template", action="store_true")
+    text.add_argument("--max-logprobs", type=_int)
+    text.add_argument("--logprobs-mode", type=lambda s: s.removesuffix("_logprobs"), help="raw or processed")
+    text.add_argument("--return-tokens-as-token-ids", action="store_true")
+    text.add_argument("--enable-force-include-usage", action="store_true")
+    engine = parser.add_argument_group("engine")
+    engine.add_argument("--max-num-seqs", type=_int, help="sequences that run at once")
+    engine.add_argument("--max-num-batched-tokens", type=_int, help="tokens of one step")
+    engine.add_argument("--block-size", type=_int, help="tokens of a KV block")
+    engine.add_argument(
+        "--gpu-memory-utilization", "--memory-utilization", type=_float, help="share of the device's memory to use"
+    )
+    engine.add_argument("--kv-cache-memory-bytes", type=_int)
+    engine.add_argument("--enable-prefix-caching", action=argparse.BooleanOptionalAction)
+    engine.add_argument("--enable-chunked-prefill", action=argparse.BooleanOptionalAction)
+    later = parser.add_argument_group("of later versions: refused unless neutral")
+    for flag, neutral in NOT_YET.items():
+        later.add_argument(flag, type=_neutral(flag, neutral))
+    later.add_argument("--enable-auto-tool-choice", nargs=0, action=_Refused)
+    later.add_argument("--tool-call-parser", action=_Refused)
+    return parser
+
+
+NOT_YET = {
+    "--quantization": ("none",),
+    "--kv-cache-dtype": ("auto",),
+    "--tensor-parallel-size": ("1",),
+    "--guided-decoding-backend": ("auto",),
+}
+RENAMED = {
+    "gpu_memory_utilization": "memory_utilization",
+    "request_timeout": "request_timeout_s",
+    "stall_timeout": "stall_timeout_s",
+    "stall_limit": "stall_limit_s",
+    "shutdown_timeout": "shutdown_timeout_s",
+    "sse_keep_alive_interval": "sse_keep_alive_interval_s",
+    "served_model_name": "served_model_names",
+    "api_key": "api_keys",
+}
+
+
+def parse_args(arguments: Sequence[str]) -> ServerConfig:
+    """Flags and JAXSERVE_API_KEY → configuration. The variable is removed from the environment, so that no
+    child process inherits it.
+
+    Raises:
+        ConfigError: a flag is wrong; one line that names it.
+    """
+    arguments = list(arguments)
+    if arguments[:1] == ["serve"]:
+        arguments = arguments[1:]
+        if arguments and not arguments[0].startswith("-"):
+            arguments = ["--model", *arguments]
+    given = {RENAMED.get(k, k): v for k, v in vars(make_parser().parse_args(arguments)).items()}
+    keys = [*given.pop("api_keys", []), *os.environ.pop(KEY_VARIABLE, "").split(",")]
+    given["api_keys"] = [key.strip() for key in keys if key.strip()]
+    given = {k: tuple(v) if isinstance(v, list) else v for k, v in given.items()}
+    for flag in (*NOT_YET, "--enable-auto-tool-choice", "--tool-call-parser", "--no-request-chat-template"):
+        given.pop(_destination(flag), None)
+    engine_fields = EngineConfig.__dataclass_fields__
+    engine = EngineConfig(**{k: v for k, v in given.items() if k in engine_fields})
+    return ServerConfig(engine=engine, **{k: v for k, v in given.items() if k not in engine_fields})
+
+
+def _destination(flag: str) -> str:
+    return flag.removeprefix("--").replace("-", "_")
+
+
+class _Refused(argparse.Action):
+    def __call__(self, *_: Any, **__: Any) -> None:  # noqa: ANN401 - argparse's protocol
+        raise ConfigError(f"{self.option_strings[0]} is not supported by this version.")
+
+
+def _neutral(flag: str, allowed: tuple[str, ...]) -> Any:  # noqa: ANN401 - argparse's protocol
+    def check(value: str) -> str:
+        if value not in allowed:
+            raise ConfigError(f"{flag} {value} is not supported by this version; only {allowed[0]} is.")
+        return value
+
+    return check
+
+
+def _int(text: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be an integer, got {text[:100]!r}") from None
+
+
+def _float(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be a number, got {text[:100]!r}") from None
+
+
+def _json_object(text: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"must be a JSON object: {error}") from None
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError(f"must be a JSON object, got {text[:100]!r}")
+    return value

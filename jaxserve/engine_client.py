@@ -1,0 +1,350 @@
+"""The API process's side of the engine: submit, stream, abort, health; and the engine process's life."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import logging
+import os
+import signal
+import sys
+import tempfile
+import time
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Sequence
+from pathlib import Path
+from typing import NamedTuple, Protocol
+
+import msgspec
+
+from jaxserve.config import EngineConfig
+from jaxserve.errors import EngineDeadError, EngineStalledError, EngineStartingError, ModelLoadError
+from jaxserve.messages import (
+    FRAME_HEADER,
+    MAX_FRAME_BYTES,
+    AbortRequest,
+    AddRequest,
+    EngineFailed,
+    EngineInfo,
+    EngineStats,
+    FromEngine,
+    SequenceOutput,
+    Shutdown,
+    StartupPhase,
+    StepOutputs,
+    encode_frame,
+)
+
+logger = logging.getLogger("jaxserve.engine_client")
+EXIT_GRACE_S = 5.0
+WATCH_INTERVAL_S = 0.25
+
+RequestStream = AsyncIterator[list[SequenceOutput]]
+"""Outputs of one request, a list a step; ends when every sequence is finished or aborted."""
+
+
+class EngineLoad(NamedTuple):
+    """What is in the engine now. A request waits until its first sequence has been scheduled."""
+
+    num_waiting_requests: int = 0
+    num_waiting_tokens: int = 0
+    num_sequences: int = 0
+
+
+class EngineClient(Protocol):
+    """What the API needs of an engine."""
+
+    @property
+    def info(self) -> EngineInfo:
+        """Raises EngineStartingError before the engine is ready."""
+        ...
+
+    @property
+    def stats(self) -> EngineStats: ...
+
+    @property
+    def load(self) -> EngineLoad: ...
+
+    def check_serving(self) -> None:
+        """Raises EngineStartingError, EngineDeadError or EngineStalledError unless the engine serves."""
+        ...
+
+    def submit(self, request: AddRequest) -> RequestStream:
+        """Hand a request over. The stream raises EngineError if the engine fails; so does this call."""
+        ...
+
+    def abort(self, request_id: str, indices: list[int] | None = None) -> None:
+        """End sequences of a request (None: all); their streams end. Unknown ones have ended already."""
+        ...
+
+
+class _Stream:
+    """One request's outputs on their way to its handler."""
+
+    def __init__(self, request: AddRequest) -> None:
+        self.live = set(range(request.params.n))
+        self.num_prompt_tokens = len(request.prompt_token_ids)
+        self.waiting = True
+        self._arrived: deque[list[SequenceOutput]] = deque()
+        self._error: Exception | None = None
+        self._wake = asyncio.Event()
+
+    def __aiter__(self) -> _Stream:
+        return self
+
+    async def __anext__(self) -> list[SequenceOutput]:
+        while not self._arrived:
+            if self._error is not None:
+                raise self._error
+            if not self.live:
+                raise StopAsyncIteration
+            self._wake.clear()
+            await self._wake.wait()
+        return self._arrived.popleft()
+
+    def put(self, outputs: list[SequenceOutput]) -> None:
+        self.waiting = False
+        wanted = [output for output in outputs if output.index in self.live]
+        if wanted:
+            self._arrived.append(wanted)
+            self.end({output.index for output in wanted if output.finish_reason is not None})
+            self._wake.set()
+
+    def end(self, indices: set[int]) -> None:
+        self.live -= indices
+        if not self.live:
+            self._wake.set()
+
+    def fail(self, error: Exception) -> None:
+        self.live.clear()
+        self._error = error
+        self._wake.set()
+
+
+class SocketEngineClient:
+    """An engine in a process of its own, over a UNIX socket.
+
+    Args:
+        stall_limit_s: with work pending and no word for this long, the engine counts as stalled.
+        on_step: called with the statistics of every step.
+        command: how to start the engine process; the socket's path is appended.
+    """
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        *,
+        stall_limit_s: float = 60.0,
+        on_step: Callable[[EngineStats], None] = lambda _: None,
+        command: Sequence[str] = (sys.executable, "-m", "jaxserve.engine_server"),
+    ) -> None:
+        self._config = config
+        self._stall_limit_s = stall_limit_s
+        self._on_step = on_step
+        self._command = command
+        self._streams: dict[str, _Stream] = {}
+        self._info: EngineInfo | None = None
+        self._stats = EngineStats()
+        self._dead = False
+        self._stalled = False
+        self._last_word = time.monotonic()
+        self._ready: asyncio.Future[EngineInfo] | None = None
+        self._writer: asyncio.StreamWriter | None = None
+        self._process: asyncio.subprocess.Process | None = None
+        self._tasks: list[asyncio.Task[None]] = []
+
+    # --- what handlers use ----------------------------------------------------------------------------------
+
+    @property
+    def info(self) -> EngineInfo:
+        if self._info is None:
+            raise EngineStartingError("The model is still loading.")
+        return self._info
+
+    @property
+    def stats(self) -> EngineStats:
+        return self._stats
+
+    @property
+    def load(self) -> EngineLoad:
+        waiting = [stream for stream in self._streams.values() if stream.waiting]
+        return EngineLoad(
+            num_waiting_requests=len(waiting),
+            num_waiting_tokens=sum(stream.num_prompt_tokens for stream in waiting),
+            num_sequences=sum(len(stream.live) for stream in self._streams.values()),
+        )
+
+    def check_serving(self) -> None:
+        if self._dead:
+            raise EngineDeadError("The engine has ended.")
+        if self._info is None:
+            raise EngineStartingError("The model is still loading.")
+        if self._stalled:
+            raise EngineStalledError("The engine makes no progress.")
+
+    def submit(self, request: AddRequest) -> RequestStream:
+        self.check_serving()
+        if not self._streams:
+            self._last_word = time.monotonic()  # an idle engine says nothing, and need not
+        stream = self._streams[request.request_id] = _Stream(request)
+        self._send(request)
+        return stream
+
+    def abort(self, request_id: str, indices: list[int] | None = None) -> None:
+        stream = self._streams.get(request_id)
+        if stream is None:
+            return
+        stream.end(set(stream.live) if indices is None else set(indices))
+        if not stream.live:
+            del self._streams[request_id]
+        self._send(AbortRequest(request_id=request_id, indices=indices))
+
+    def fail_all(self, error: Exception) -> None:
+        """End every open stream with `error`, here and in the engine."""
+        for request_id, stream in list(self._streams.items()):
+            stream.fail(error)
+            self._send(AbortRequest(request_id=request_id))
+        self._streams.clear()
+
+    # --- the engine process ---------------------------------------------------------------------------------
+
+    async def start(self) -> None:
+        """Start the engine process; returns once it is connected, long before it is ready."""
+        loop = asyncio.get_running_loop()
+        self._ready = loop.create_future()
+        connected: asyncio.Future[tuple[asyncio.StreamReader, asyncio.StreamWriter]] = loop.create_future()
+
+        def on_connect(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            if not connected.done():
+                connected.set_result((reader, writer))
+
+        with tempfile.TemporaryDirectory(prefix="jaxserve-") as directory:
+            path = str(Path(directory) / "engine.sock")
+            server = await asyncio.start_unix_server(on_connect, path, limit=MAX_FRAME_BYTES)
+            self._process = await asyncio.create_subprocess_exec(
+                *self._command, path, env=_environment(), start_new_session=True, stdin=asyncio.subprocess.DEVNULL
+            )
+            exited = asyncio.create_task(self._process.wait())
+            await asyncio.wait({connected, exited}, return_when=asyncio.FIRST_COMPLETED)
+            server.close()
+            if not connected.done():
+                self._die(f"the engine process ended with status {self._process.returncode} before it connected")
+                return
+            exited.cancel()
+        reader, self._writer = connected.result()
+        body = msgspec.msgpack.encode(dataclasses.asdict(self._config))
+        self._writer.write(FRAME_HEADER.pack(len(body)) + body)
+        self._tasks = [asyncio.create_task(self._read(reader)), asyncio.create_task(self._watch())]
+
+    async def wait_ready(self) -> EngineInfo:
+        """The engine's own description, once it is ready.
+
+        Raises:
+            ModelLoadError: the model or a flag is at fault.
+            EngineDeadError: the engine failed.
+        """
+        assert self._ready is not None, "start() comes first"
+        return await asyncio.shield(self._ready)
+
+    async def stop(self) -> None:
+        """End the engine process and wait for it."""
+        self._dead = True
+        self._send(Shutdown())
+        for task in self._tasks:
+            task.cancel()
+        if self._process is not None and self._process.returncode is None:
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._process.wait(), EXIT_GRACE_S)
+        self.kill()
+        if self._process is not None:
+            await self._process.wait()
+        if self._writer is not None:
+            self._writer.close()
+
+    def kill(self) -> None:
+        """End the engine process now."""
+        if self._process is not None and self._process.returncode is None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self._process.pid, signal.SIGKILL)
+
+    # --- frames ---------------------------------------------------------------------------------------------
+
+    def _send(self, message: AddRequest | AbortRequest | Shutdown) -> None:
+        if self._writer is not None and not self._writer.is_closing():
+            self._writer.write(encode_frame(message))
+
+    async def _read(self, reader: asyncio.StreamReader) -> None:
+        decoder = msgspec.msgpack.Decoder(FromEngine)
+        try:
+            while True:
+                (size,) = FRAME_HEADER.unpack(await reader.readexactly(FRAME_HEADER.size))
+                self._receive(decoder.decode(await reader.readexactly(size)))
+        except (asyncio.IncompleteReadError, ConnectionError):
+            self._die("the engine process has ended")
+        except msgspec.DecodeError as error:
+            self._die(f"the engine process sent what cannot be read: {error}")
+
+    def _receive(self, message: FromEngine) -> None:
+        self._last_word = time.monotonic()
+        if self._stalled:
+            self._stalled = False
+            logger.warning("the engine makes progress again")
+        match message:
+            case StepOutputs():
+                self._stats = message.stats
+                self._route(message.outputs)
+                self._on_step(message.stats)
+            case StartupPhase():
+                logger.info("%s", message.text)
+            case EngineInfo():
+                self._info = message
+                if self._ready is not None and not self._ready.done():
+                    self._ready.set_result(message)
+            case EngineFailed():
+                self._die(message.message, user_error=message.user_error)
+
+    def _route(self, outputs: list[SequenceOutput]) -> None:
+        by_request: dict[str, list[SequenceOutput]] = {}
+        for output in outputs:
+            by_request.setdefault(output.request_id, []).append(output)
+        for request_id, own in by_request.items():
+            stream = self._streams.get(request_id)
+            if stream is not None:  # else aborted, and the engine did not know yet
+                stream.put(own)
+                if not stream.live:
+                    del self._streams[request_id]
+
+    async def _watch(self) -> None:
+        """Notice an engine that has work and says nothing."""
+        while True:
+            await asyncio.sleep(WATCH_INTERVAL_S)
+            silent_s = time.monotonic() - self._last_word
+            if self._streams and not self._stalled and self._stall_limit_s and silent_s > self._stall_limit_s:
+                logger.error("the engine has finished no step for %.0f s", silent_s)
+                self._stalled = True
+                self.fail_all(EngineStalledError("The engine makes no progress."))
+
+    def _die(self, reason: str, *, user_error: bool = False) -> None:
+        if self._dead:
+            return
+        self._dead = True
+        starting = self._ready is not None and not self._ready.done()
+        if not starting:
+            logger.error("%s", reason)
+        self._stats = EngineStats(num_preemptions=self._stats.num_preemptions)
+        error = ModelLoadError(reason) if user_error else EngineDeadError(reason)
+        if starting and self._ready is not None:
+            self._ready.set_exception(error)
+            self._ready.exception()  # whoever waits gets it; nobody need wait
+        for stream in self._streams.values():
+            stream.fail(EngineDeadError("The engine has ended."))
+        self._streams.clear()
+
+
+def _environment() -> dict[str, str]:
+    """The engine's environment: the same jaxserve importable from any directory, and no keys."""
+    root = str(Path(__file__).resolve().parent.parent)
+    environment = {k: v for k, v in os.environ.items() if k != "JAXSERVE_API_KEY"}
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, [root, environment.get("PYTHONPATH")]))
+    return environment
