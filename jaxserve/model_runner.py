@@ -15,6 +15,7 @@ import numpy.typing as npt
 from jaxserve.compilation import CompilationCounter, enable_compilation_cache
 from jaxserve.config import EngineConfig, SchedulerConfig
 from jaxserve.errors import ConfigError
+from jaxserve.kernels.blocked_attention import TOKEN_GROUP
 from jaxserve.kv_cache import CPU_DEFAULT_POOL_BYTES, KVCacheSpec, free_device_bytes, num_blocks_for
 from jaxserve.messages import TopLogprobs
 from jaxserve.models.config import ModelConfig
@@ -27,7 +28,7 @@ from jaxserve.step import ModelDefinition, make_all_logits, make_step
 from jaxserve.step_inputs import StepShape, pack_step
 
 MAX_PROGRAMS = 8
-MIN_BUCKET = 8  # products of one row in bfloat16 are 10 × slower than of 8 on XLA:CPU
+ROW_MULTIPLE = 8
 COMPILE_THREADS = 2
 PROGRAM_BYTES_GUESS = 256 << 20
 
@@ -41,10 +42,12 @@ class PlatformDefaults(NamedTuple):
     max_num_seqs: int
     max_num_batched_tokens: int
     block_size: int
+    smallest_buckets: tuple[int, ...]
 
 
-PLATFORM_DEFAULTS = {"cpu": PlatformDefaults(64, 512, 16)}
-ACCELERATOR_DEFAULTS = PlatformDefaults(256, 2048, 32)
+# a lone sequence is worth a program of its own on a CPU, where every row costs
+PLATFORM_DEFAULTS = {"cpu": PlatformDefaults(64, 512, 16, (1, 8))}
+ACCELERATOR_DEFAULTS = PlatformDefaults(256, 2048, 32, (16,))
 
 
 class StepResult:
@@ -93,7 +96,7 @@ class ModelRunner:
         self._max_num_seqs = config.max_num_seqs or defaults.max_num_seqs
         chunk = defaults.max_num_batched_tokens if config.enable_chunked_prefill else self.max_model_len
         max_num_batched_tokens = config.max_num_batched_tokens or chunk
-        self.buckets = token_buckets(max_num_batched_tokens)
+        self.buckets = token_buckets(max_num_batched_tokens, defaults.smallest_buckets)
         self._definition = ModelDefinition.of(
             lambda: Llama(self.model_config, dtype=self.dtype, max_model_len=self.max_model_len)
         )
@@ -204,7 +207,7 @@ class ModelRunner:
         return np.asarray(outputs)
 
     def _step_shape(self, bucket: int) -> StepShape:
-        num_rows = _round_up(min(bucket, self._max_num_seqs), MIN_BUCKET)
+        num_rows = min(bucket, _round_up(self._max_num_seqs, ROW_MULTIPLE))
         return StepShape(bucket, num_rows, _ceil_div(self.max_model_len, self.block_size))
 
     def _num_blocks(self, *, program_bytes: int) -> int:
@@ -221,16 +224,14 @@ class ModelRunner:
         )
 
 
-def token_buckets(max_num_batched_tokens: int) -> list[int]:
-    """Token counts that programs are compiled for: powers of two up to the budget, thinned out from below the
-    largest if they are more than MAX_PROGRAMS."""
-    largest = _round_up(max_num_batched_tokens, MIN_BUCKET)
-    buckets = [largest]
-    size = MIN_BUCKET
-    while size < largest:
-        buckets.append(size)
-        size *= 2
-    buckets.sort()
+def token_buckets(max_num_batched_tokens: int, smallest: tuple[int, ...]) -> list[int]:
+    """Token counts that programs are compiled for: `smallest`, then powers of two up to the budget, thinned out
+    from below the largest if they are more than MAX_PROGRAMS."""
+    buckets = list(smallest)
+    while buckets[-1] * 2 < max_num_batched_tokens:
+        buckets.append(buckets[-1] * 2)
+    largest = _round_up(max_num_batched_tokens, TOKEN_GROUP)
+    buckets = [b for b in buckets if b < largest] + [largest]
     while len(buckets) > MAX_PROGRAMS:
         del buckets[-3]  # few steps are between a full chunk and a full batch of decodes
     return buckets

@@ -25,7 +25,7 @@ class StepShape:
 
     Attributes:
         num_tokens: T, the token bucket.
-        num_rows: S, sequences at most; min(T, max_num_seqs) rounded up to a multiple of 8.
+        num_rows: S, sequences at most.
         blocks_per_row: M, blocks of one sequence at most.
     """
 

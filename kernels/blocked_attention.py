@@ -15,7 +15,7 @@ from jax import lax
 
 from jaxserve.kernels.metadata import QUERY_TILE, AttentionMetadata
 
-TOKEN_GROUP = 8
+TOKEN_GROUP = 16
 KV_CHUNK = 128  # tokens; the gathered chunk of TOKEN_GROUP contexts should stay in the L2 cache
 MASKED = -1e30  # finite, so that a row without any context gives 0 and no NaN
 
@@ -83,7 +83,7 @@ def paged_attention(
     """Same meaning as `reference.paged_attention`.
 
     Args:
-        queries: [T, H, D], T a multiple of TOKEN_GROUP.
+        queries: [T, H, D], T at most TOKEN_GROUP or a multiple of it.
         kv_pool: [N, 2, K, B, D].
 
     Returns:
@@ -93,6 +93,7 @@ def paged_attention(
     _, _, K, B, _ = kv_pool.shape
     M = metadata.block_tables.shape[1]
     G = H // K
+    group = min(TOKEN_GROUP, T)
     blocks_per_chunk = max(1, min(KV_CHUNK // B, M))
     chunk = blocks_per_chunk * B
     # rows of (block, k-or-v, head): one gather brings [.., K, blocks, B, D] without a transpose
@@ -101,16 +102,20 @@ def paged_attention(
     tables = jnp.pad(metadata.block_tables, ((0, 0), (0, -M % blocks_per_chunk)))
     precision = lax.Precision.HIGHEST if kv_pool.dtype == jnp.float32 else None
 
-    def gather(block_ids: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def gather(block_ids: jax.Array, tiled: bool) -> tuple[jax.Array, jax.Array]:
         """block_ids [R, C/B] → keys, values [R, K, C, D]."""
         index = block_ids[:, None, :] * (2 * K) + heads[None, :, None]
         shape = (block_ids.shape[0], K, chunk, D)
         keys, values = (_take(flat_pool, i).reshape(shape) for i in (index, index + K))
         if _holds_bits(kv_pool):
             keys, values = (lax.bitcast_convert_type(x, queries.dtype) for x in (keys, values))
+        if not tiled:  # few rows a product: XLA:CPU is faster in float32 there
+            keys, values = keys.astype(jnp.float32), values.astype(jnp.float32)
         return keys, values
 
-    def attend(q: jax.Array, block_rows: jax.Array, q_positions: jax.Array, lens: jax.Array) -> jax.Array:
+    def attend(
+        q: jax.Array, block_rows: jax.Array, q_positions: jax.Array, lens: jax.Array, *, tiled: bool
+    ) -> jax.Array:
         """q [R, K, Q, D] with positions [R, Q], block_rows [R, M], lens [R] → [R, K, Q, D] float32."""
         R, _, Q, _ = q.shape
         last_chunk = _ceil_div(jnp.max(lens), chunk)
@@ -122,9 +127,9 @@ def paged_attention(
         def body(c: jax.Array, carry: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, ...]:
             peak, total, acc = carry
             block_ids = _slice(block_rows, c * blocks_per_chunk, blocks_per_chunk, axis=1)
-            keys, values = gather(block_ids)
+            keys, values = gather(block_ids, tiled)
             scores = lax.dot_general(
-                q, keys, (((3,), (3,)), ((0, 1), (0, 1))), precision, preferred_element_type=jnp.float32
+                q.astype(keys.dtype), keys, (((3,), (3,)), ((0, 1), (0, 1))), precision, preferred_element_type=jnp.float32
             )  # [R, K, Q, C]
             kv_positions = c * chunk + jnp.arange(chunk, dtype=jnp.int32)
             visible = (kv_positions <= q_positions[:, :, None]) & (kv_positions < lens[:, None, None])
@@ -149,14 +154,15 @@ def paged_attention(
         return acc / jnp.maximum(total, 1e-30)[..., None]
 
     def token_group(g: jax.Array, out: jax.Array) -> jax.Array:
-        first = g * TOKEN_GROUP
-        positions = _slice(metadata.positions, first, TOKEN_GROUP)
-        single = first + jnp.arange(TOKEN_GROUP, dtype=jnp.int32) < metadata.num_single_tokens
-        q = _slice(queries, first, TOKEN_GROUP).reshape(TOKEN_GROUP, K, G, D)
-        block_rows = _take(tables, _slice(metadata.token_rows, first, TOKEN_GROUP))
-        q_positions = jnp.broadcast_to(positions[:, None], (TOKEN_GROUP, G))
-        result = attend(q, block_rows, q_positions, lax.select(single, positions + 1, jnp.zeros_like(positions)))
-        return _update(out, result.reshape(TOKEN_GROUP, H, D), first)
+        first = g * group
+        positions = _slice(metadata.positions, first, group)
+        single = first + jnp.arange(group, dtype=jnp.int32) < metadata.num_single_tokens
+        q = _slice(queries, first, group).reshape(group, K, G, D)
+        block_rows = _take(tables, _slice(metadata.token_rows, first, group))
+        q_positions = jnp.broadcast_to(positions[:, None], (group, G))
+        lens = lax.select(single, positions + 1, jnp.zeros_like(positions))
+        result = attend(q, block_rows, q_positions, lens, tiled=False)
+        return _update(out, result.reshape(group, H, D), first)
 
     def tile(i: jax.Array, out: jax.Array) -> jax.Array:
         row, first = _slice(metadata.tiles, i, 1)[0]
@@ -165,11 +171,11 @@ def paged_attention(
         q = q.reshape(QUERY_TILE, K, G, D).transpose(1, 2, 0, 3).reshape(1, K, G * QUERY_TILE, D)
         q_positions = jnp.tile(position + jnp.arange(QUERY_TILE, dtype=jnp.int32), G)[None]
         end = jnp.minimum(_slice(metadata.seq_lens, row, 1), position + QUERY_TILE)
-        result = attend(q, _slice(tables, row, 1), q_positions, end)
+        result = attend(q, _slice(tables, row, 1), q_positions, end, tiled=True)
         result = result.reshape(K, G, QUERY_TILE, D).transpose(2, 0, 1, 3).reshape(QUERY_TILE, H, D)
         return _update(out, result, first)  # what it writes past its row's end, the tiles behind it write again
 
-    num_groups = _ceil_div(metadata.num_single_tokens, TOKEN_GROUP)
+    num_groups = _ceil_div(metadata.num_single_tokens, group)
     if metadata.tiles.shape[0] == 0:
         return lax.fori_loop(0, num_groups, token_group, jnp.zeros_like(queries))
     padded_queries = jnp.pad(queries, ((0, QUERY_TILE), (0, 0), (0, 0)))

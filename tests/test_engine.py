@@ -270,11 +270,11 @@ def test_a_request_that_slips_through_is_refused_and_harms_nobody(
 
 
 def test_buckets_are_at_most_eight_and_reach_the_budget() -> None:
-    assert token_buckets(512) == [8, 16, 32, 64, 128, 256, 512]
-    assert token_buckets(1) == [8]
-    assert token_buckets(100) == [8, 16, 32, 64, 104]
+    assert token_buckets(512, (1, 8)) == [1, 8, 16, 32, 64, 128, 256, 512]
+    assert token_buckets(1, (1, 8)) == [1, 8, 16]
+    assert token_buckets(100, (16,)) == [16, 32, 64, 112]
     for budget in (1, 7, 8, 9, 2048, 8192, 131072):
-        buckets = token_buckets(budget)
+        buckets = token_buckets(budget, (1, 8))
         assert len(buckets) <= 8
         assert buckets == sorted(buckets)
         assert buckets[-1] >= budget

@@ -12,9 +12,16 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
+MAX_SUMMED_ROWS = 1 << 15
+
 
 def matmul(x: jax.Array, weight: jax.Array) -> jax.Array:
     """x [T, in] · weight [out, in] → [T, out] float32."""
+    if x.shape[0] == 1 and x.dtype != jnp.float32:
+        if weight.shape[0] > MAX_SUMMED_ROWS:  # XLA:CPU does not fuse a sum as large as the output layer's
+            return matmul(jnp.broadcast_to(x, (8, x.shape[1])), weight)[:1]
+        # one row is bound by reading the weights: a sum reads them as they are, a product repacks them first
+        return jnp.sum(weight.astype(jnp.float32) * x[0].astype(jnp.float32)[None, :], axis=1)[None]
     precision = lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
     dims = (((1,), (1,)), ((), ()))
     return lax.dot_general(x, weight, dims, precision=precision, preferred_element_type=jnp.float32)
