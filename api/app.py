@@ -86,7 +86,9 @@ def create_app(context: ServerContext) -> Quart:
 
     @app.errorhandler(Exception)
     async def on_error(error: Exception) -> Response:
-        body = _http_error_body(error) if isinstance(error, HTTPException) else error_body(error, g.request_id)
+        body = (
+            _http_error_body(error) if isinstance(error, HTTPException) else error_body(error, g.request_id)
+        )
         if not isinstance(error, HTTPException | HttpError | JaxserveError):
             logger.error("%s failed", g.request_id, exc_info=error)
         elif body.status >= 500 and not isinstance(error, HttpError):
@@ -150,8 +152,12 @@ def _add_cors_headers(response: Response, config: ServerConfig) -> None:
         asked_method = request.headers["Access-Control-Request-Method"]
         asked_headers = request.headers.get("Access-Control-Request-Headers", "")
         methods, headers = config.allowed_methods, config.allowed_headers
-        response.headers["Access-Control-Allow-Methods"] = asked_method if "*" in methods else ", ".join(methods)
-        response.headers["Access-Control-Allow-Headers"] = asked_headers if "*" in headers else ", ".join(headers)
+        response.headers["Access-Control-Allow-Methods"] = (
+            asked_method if "*" in methods else ", ".join(methods)
+        )
+        response.headers["Access-Control-Allow-Headers"] = (
+            asked_headers if "*" in headers else ", ".join(headers)
+        )
         response.headers["Access-Control-Max-Age"] = "600"
     else:
         response.headers["Access-Control-Expose-Headers"] = "X-Request-Id"

@@ -40,12 +40,16 @@ def make_parser() -> argparse.ArgumentParser:
     model.add_argument("--max-model-len", type=_int, help="tokens of prompt and output together")
     model.add_argument("--seed", type=_int, help="seeds requests without a seed")
     model.add_argument("--generation-config", help="auto, none, or a folder")
-    model.add_argument("--override-generation-config", type=_json_object, help="JSON object of sampling defaults")
+    model.add_argument(
+        "--override-generation-config", type=_json_object, help="JSON object of sampling defaults"
+    )
     server = parser.add_argument_group("server")
     server.add_argument("--host")
     server.add_argument("--port", type=_int)
     server.add_argument("--uds", help="serve on a UNIX socket instead")
-    server.add_argument("--api-key", nargs="+", action="extend", help=f"or, safer, {KEY_VARIABLE} (comma-separated)")
+    server.add_argument(
+        "--api-key", nargs="+", action="extend", help=f"or, safer, {KEY_VARIABLE} (comma-separated)"
+    )
     server.add_argument("--allowed-origins", nargs="+", action="extend", help="CORS is off without it")
     server.add_argument("--allowed-methods", nargs="+", action="extend")
     server.add_argument("--allowed-headers", nargs="+", action="extend")
@@ -70,7 +74,9 @@ def make_parser() -> argparse.ArgumentParser:
     text = parser.add_argument_group("prompts and outputs")
     text.add_argument("--chat-template", help="a file, or the template's text")
     text.add_argument("--response-role")
-    text.add_argument("--default-chat-template-kwargs", type=_json_object, help="JSON object of template variables")
+    text.add_argument(
+        "--default-chat-template-kwargs", type=_json_object, help="JSON object of template variables"
+    )
     text.add_argument("--no-request-chat-template", action="store_true")
     text.add_argument("--max-logprobs", type=_int)
     text.add_argument("--logprobs-mode", type=lambda s: s.removesuffix("_logprobs"), help="raw or processed")
@@ -81,7 +87,10 @@ def make_parser() -> argparse.ArgumentParser:
     engine.add_argument("--max-num-batched-tokens", type=_int, help="tokens of one step")
     engine.add_argument("--block-size", type=_int, help="tokens of a KV block")
     engine.add_argument(
-        "--gpu-memory-utilization", "--memory-utilization", type=_float, help="share of the device's memory to use"
+        "--gpu-memory-utilization",
+        "--memory-utilization",
+        type=_float,
+        help="share of the device's memory to use",
     )
     engine.add_argument("--kv-cache-memory-bytes", type=_int)
     engine.add_argument("--enable-prefix-caching", action=argparse.BooleanOptionalAction)
@@ -140,11 +149,11 @@ def _destination(flag: str) -> str:
 
 
 class _Refused(argparse.Action):
-    def __call__(self, *_: Any, **__: Any) -> None:  # noqa: ANN401 - argparse's protocol
+    def __call__(self, *_: Any, **__: Any) -> None:
         raise ConfigError(f"{self.option_strings[0]} is not supported by this version.")
 
 
-def _neutral(flag: str, allowed: tuple[str, ...]) -> Any:  # noqa: ANN401 - argparse's protocol
+def _neutral(flag: str, allowed: tuple[str, ...]) -> Any:
     def check(value: str) -> str:
         if value not in allowed:
             raise ConfigError(f"{flag} {value} is not supported by this version; only {allowed[0]} is.")

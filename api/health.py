@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import orjson
 from quart import Blueprint, Response
 
@@ -32,10 +34,8 @@ async def ready() -> Response:
 @blueprint.get("/health/live")
 async def live() -> Response:
     """200 unless the engine is dead or has stalled: a start or a drain is no reason to be restarted."""
-    try:
+    with contextlib.suppress(EngineStartingError):
         server_context().engine.check_serving()
-    except EngineStartingError:
-        pass
     return json_response(OK)
 
 
@@ -52,4 +52,6 @@ async def load() -> Response:
 
 @blueprint.get("/metrics")
 async def metrics() -> Response:
-    return Response(server_context().metrics.render(), content_type="text/plain; version=0.0.4; charset=utf-8")
+    return Response(
+        server_context().metrics.render(), content_type="text/plain; version=0.0.4; charset=utf-8"
+    )

@@ -12,8 +12,47 @@ from jaxserve.api.generation import RequestTimings
 from jaxserve.messages import EngineInfo, EngineStats
 
 PREFIXES = ("jaxserve:", "vllm:")
-SECONDS = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0)
-REQUEST_SECONDS = (0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 15.0, 20.0, 30.0, 40.0, 50.0, 60.0, 120.0, 240.0, 480.0)
+SECONDS = (
+    0.001,
+    0.005,
+    0.01,
+    0.02,
+    0.04,
+    0.06,
+    0.08,
+    0.1,
+    0.25,
+    0.5,
+    0.75,
+    1.0,
+    2.5,
+    5.0,
+    7.5,
+    10.0,
+    20.0,
+    40.0,
+    80.0,
+)
+REQUEST_SECONDS = (
+    0.3,
+    0.5,
+    0.8,
+    1.0,
+    1.5,
+    2.0,
+    2.5,
+    5.0,
+    10.0,
+    15.0,
+    20.0,
+    30.0,
+    40.0,
+    50.0,
+    60.0,
+    120.0,
+    240.0,
+    480.0,
+)
 TOKENS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10_000, 20_000, 50_000, 100_000)
 COUNTS = (1, 2, 5, 10, 20, 50, 100, 128)
 FINISH_REASONS = ("stop", "length", "abort", "error")
@@ -38,18 +77,30 @@ class Metrics:
         self._registry = CollectorRegistry()
         self._model_name = model_name
         self._registry.register(_EngineCollector(model_name, stats, info))
-        self._time_to_first_token = self._histogram("time_to_first_token_seconds", "Arrival to first token.", SECONDS)
+        self._time_to_first_token = self._histogram(
+            "time_to_first_token_seconds", "Arrival to first token.", SECONDS
+        )
         self._inter_token = [
             *self._histogram("inter_token_latency_seconds", "Between tokens of a choice.", SECONDS),
-            *self._histogram("time_per_output_token_seconds", "Same as inter_token_latency_seconds.", SECONDS),
+            *self._histogram(
+                "time_per_output_token_seconds", "Same as inter_token_latency_seconds.", SECONDS
+            ),
         ]
         self._e2e = self._histogram("e2e_request_latency_seconds", "Arrival to end.", REQUEST_SECONDS)
-        self._queue = self._histogram("request_queue_time_seconds", "Arrival to first scheduled.", REQUEST_SECONDS)
-        self._inference = self._histogram("request_inference_time_seconds", "First scheduled to end.", REQUEST_SECONDS)
-        self._prefill = self._histogram("request_prefill_time_seconds", "First scheduled to first token.", REQUEST_SECONDS)
+        self._queue = self._histogram(
+            "request_queue_time_seconds", "Arrival to first scheduled.", REQUEST_SECONDS
+        )
+        self._inference = self._histogram(
+            "request_inference_time_seconds", "First scheduled to end.", REQUEST_SECONDS
+        )
+        self._prefill = self._histogram(
+            "request_prefill_time_seconds", "First scheduled to first token.", REQUEST_SECONDS
+        )
         self._decode = self._histogram("request_decode_time_seconds", "First token to end.", REQUEST_SECONDS)
         self._prompt_tokens = self._histogram("request_prompt_tokens", "Prompt tokens of a request.", TOKENS)
-        self._generation_tokens = self._histogram("request_generation_tokens", "Generated tokens of a request.", TOKENS)
+        self._generation_tokens = self._histogram(
+            "request_generation_tokens", "Generated tokens of a request.", TOKENS
+        )
         self._n = self._histogram("request_params_n", "n of a request.", COUNTS)
         self._best_of = self._histogram("request_params_best_of", "best_of of a request.", COUNTS)
         self._max_tokens = self._histogram("request_params_max_tokens", "max_tokens of a request.", TOKENS)
@@ -58,11 +109,21 @@ class Metrics:
         self._total_generation = self._counter("generation_tokens", "Tokens generated.")
         self._total_cached = self._counter("prompt_tokens_cached", "Prompt tokens found in the prefix cache.")
         self._success = [
-            Counter(p + "request_success", "Requests ended.", ("model_name", "finished_reason"), registry=self._registry)
+            Counter(
+                p + "request_success",
+                "Requests ended.",
+                ("model_name", "finished_reason"),
+                registry=self._registry,
+            )
             for p in PREFIXES
         ]
         self._rejections = [
-            Counter(p + "admission_rejections", "Requests refused.", ("model_name", "reason"), registry=self._registry)
+            Counter(
+                p + "admission_rejections",
+                "Requests refused.",
+                ("model_name", "reason"),
+                registry=self._registry,
+            )
             for p in PREFIXES
         ]
         for counter in self._success:
@@ -72,10 +133,17 @@ class Metrics:
             for reason in REJECTION_REASONS:
                 counter.labels(model_name, reason)
         self._step_seconds = Histogram(
-            "jaxserve:engine_step_seconds", "A step of the engine.", ("model_name",), buckets=SECONDS, registry=self._registry
+            "jaxserve:engine_step_seconds",
+            "A step of the engine.",
+            ("model_name",),
+            buckets=SECONDS,
+            registry=self._registry,
         ).labels(model_name)
         self._http_requests = Counter(
-            "jaxserve:http_requests", "HTTP requests.", ("model_name", "method", "route", "status"), registry=self._registry
+            "jaxserve:http_requests",
+            "HTTP requests.",
+            ("model_name", "method", "route", "status"),
+            registry=self._registry,
         )
         self._http_seconds = Histogram(
             "jaxserve:http_request_duration_seconds",
@@ -129,7 +197,10 @@ class Metrics:
         return generate_latest(self._registry)
 
     def _histogram(self, name: str, text: str, buckets: Iterable[float]) -> list[Histogram]:
-        made = (Histogram(p + name, text, ("model_name",), buckets=tuple(buckets), registry=self._registry) for p in PREFIXES)
+        made = (
+            Histogram(p + name, text, ("model_name",), buckets=tuple(buckets), registry=self._registry)
+            for p in PREFIXES
+        )
         return [histogram.labels(self._model_name) for histogram in made]
 
     def _counter(self, name: str, text: str) -> list[Counter]:

@@ -30,7 +30,7 @@ async def read_json_object() -> dict[str, Any]:
     if request.content_length is not None and request.content_length > limit:
         raise request_too_large(limit)
     try:
-        raw = await request.get_data(cache=False)
+        raw = bytes(await request.get_data(cache=False, as_text=False))  # type: ignore[arg-type]
     except RequestEntityTooLarge as error:
         raise request_too_large(limit) from error
     except RequestTimeout as error:
@@ -62,13 +62,15 @@ def _check_media_type() -> None:
     if not request.content_type:
         return
     if request.mimetype != "application/json":
-        raise unsupported_media_type(f"Content-Type must be application/json, got {request.mimetype[:100]!r}.")
+        raise unsupported_media_type(
+            f"Content-Type must be application/json, got {request.mimetype[:100]!r}."
+        )
     charset = request.mimetype_params.get("charset", "utf-8")
     if charset.lower().replace("_", "-") not in ("utf-8", "utf8", "us-ascii", "ascii"):
         raise unsupported_media_type(f"The charset must be utf-8, got {charset[:50]!r}.")
 
 
-def _depth_exceeds(value: Any, limit: int) -> bool:  # noqa: ANN401 - any JSON
+def _depth_exceeds(value: Any, limit: int) -> bool:
     """Level by level, so that no recursion limit is in the way."""
     level = [value]
     for _ in range(limit):

@@ -49,7 +49,9 @@ def serve(config: ServerConfig) -> int:
     path = resolve_model(config.engine.model)
     config = replace(config, engine=replace(config.engine, model=str(path)))
     if not config.uds and not config.host.startswith(LOOPBACK) and not config.api_keys:
-        logger.warning("NO API KEY: everybody who can reach %s can use this server. Set JAXSERVE_API_KEY.", config.host)
+        logger.warning(
+            "NO API KEY: everybody who can reach %s can use this server. Set JAXSERVE_API_KEY.", config.host
+        )
     return asyncio.run(_Server(config, path).run())
 
 
@@ -62,7 +64,9 @@ class _Server:
         self._started = time.monotonic()
         name = config.model_names[0]
         self._engine = SocketEngineClient(
-            config.engine, stall_limit_s=config.stall_limit_s, on_step=lambda stats: self._metrics.observe_step(stats)
+            config.engine,
+            stall_limit_s=config.stall_limit_s,
+            on_step=lambda stats: self._metrics.observe_step(stats),
         )
         self._metrics = Metrics(name, lambda: self._engine.stats, self._engine_info)
         self._executor = ThreadPoolExecutor(2, thread_name_prefix="tokenize")
@@ -85,7 +89,9 @@ class _Server:
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._on_signal)
         http = asyncio.create_task(
-            hypercorn.asyncio.serve(create_app(self._context), self._hypercorn_config(), shutdown_trigger=self._stop.wait)
+            hypercorn.asyncio.serve(
+                create_app(self._context), self._hypercorn_config(), shutdown_trigger=self._stop.wait
+            )
         )
         start = asyncio.create_task(self._start())
         try:
@@ -194,5 +200,3 @@ class _Server:
 
 def _bracketed(host: str) -> str:
     return f"[{host}]" if ":" in host and not host.startswith("[") else host
-
-

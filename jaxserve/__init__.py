@@ -1,7 +1,7 @@
 """jaxserve serves large language models from JAX, over OpenAI's API or in-process.
 
-    from jaxserve import LLM, SamplingParams
-    LLM(model="…").generate(["Hello"], SamplingParams(max_tokens=16))
+from jaxserve import LLM, SamplingParams
+LLM(model="…").generate(["Hello"], SamplingParams(max_tokens=16))
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ __version__ = "0.1.0"
 __all__ = ["LLM", "SamplingParams", "__version__"]
 
 
-def __getattr__(name: str) -> Any:  # noqa: ANN401 - the module protocol's own type
+def __getattr__(name: str) -> Any:
     """`LLM` is imported on first use: it pulls in jax, which the API process must not load."""
     if name == "LLM":
         from jaxserve.llm import LLM

@@ -107,7 +107,9 @@ class BlockManager:
         """Make the blocks that `sequence` has filled since `num_computed_before` tokens findable by others."""
         if not self._caching:
             return
-        for i in range(num_computed_before // self.block_size, sequence.num_computed_tokens // self.block_size):
+        for i in range(
+            num_computed_before // self.block_size, sequence.num_computed_tokens // self.block_size
+        ):
             block = sequence.block_table[i]
             block_hash = sequence.block_hash(i, self.block_size)
             if block not in self._hash_of_block and block_hash not in self._block_of_hash:
@@ -142,7 +144,9 @@ class BlockManager:
         for block in range(NULL_BLOCK + 1, self.num_blocks):
             count = self._ref_counts[block]
             assert count == owners[block], f"block {block}: {count} references, {owners[block]} owners"
-            assert (count == 0) == (block in self._free), f"block {block}: {count} references, free list disagrees"
+            assert (count == 0) == (block in self._free), (
+                f"block {block}: {count} references, free list disagrees"
+            )
         assert len(self._hash_of_block) == len(self._block_of_hash), "prefix cache maps disagree"
         for block, block_hash in self._hash_of_block.items():
             assert self._block_of_hash[block_hash] == block, f"block {block}: prefix cache maps disagree"

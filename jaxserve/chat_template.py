@@ -53,7 +53,7 @@ class ChatTemplate:
         documents: Sequence[Mapping[str, str]] | None = None,
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
-        **kwargs: Any,  # noqa: ANN401 - template variables
+        **kwargs: Any,
     ) -> str:
         """The conversation as the model reads it.
 
@@ -64,10 +64,23 @@ class ChatTemplate:
         Raises:
             RequestError: the template refuses the conversation or fails (code `invalid_template`).
         """
-        variables = {**self._special_tokens, **kwargs, "messages": messages, "tools": tools, "documents": documents}
+        variables = {
+            **self._special_tokens,
+            **kwargs,
+            "messages": messages,
+            "tools": tools,
+            "documents": documents,
+        }
         try:
             text = self._template.render(**variables, add_generation_prompt=add_generation_prompt)
-        except (jinja2.TemplateError, TypeError, ValueError, ArithmeticError, LookupError, AttributeError) as error:
+        except (
+            jinja2.TemplateError,
+            TypeError,
+            ValueError,
+            ArithmeticError,
+            LookupError,
+            AttributeError,
+        ) as error:
             raise _failed(str(error) or type(error).__name__) from error
         return _open_last_message(text, messages[-1]) if continue_final_message else text
 
@@ -99,7 +112,9 @@ def _read_argument(argument: str) -> str:
         if not looks_like_text:
             raise ConfigError(f"--chat-template: {argument[:100]} cannot be read: {error}.") from error
     if not looks_like_text:
-        raise ConfigError(f"--chat-template: {argument[:100]!r} is no file, and no template (there is no {{ in it).")
+        raise ConfigError(
+            f"--chat-template: {argument[:100]!r} is no file, and no template (there is no {{ in it)."
+        )
     return argument
 
 
@@ -154,7 +169,7 @@ def _failed(reason: str) -> RequestError:
 class _GenerationTag(jinja2.ext.Extension):
     """`{% generation %}…{% endgeneration %}` marks what the assistant said, for training: here just its body."""
 
-    tags = frozenset({"generation"})
+    tags = {"generation"}  # noqa: RUF012 - as the base class has it
 
     def parse(self, parser: jinja2.parser.Parser) -> list[jinja2.nodes.Node]:
         next(parser.stream)
@@ -172,7 +187,7 @@ def _environment() -> jinja2.sandbox.ImmutableSandboxedEnvironment:
 
 
 def _tojson(
-    value: Any,  # noqa: ANN401 - a template's value
+    value: Any,
     ensure_ascii: bool = False,
     indent: int | None = None,
     separators: tuple[str, str] | None = None,

@@ -74,7 +74,9 @@ class EngineConfig:
         power_of_two = self.block_size is None or (self.block_size >= 1 and self.block_size.bit_count() == 1)
         _require(power_of_two, "--block-size", self.block_size, "a power of two")
         utilization = self.memory_utilization
-        _require(0.0 < utilization <= 1.0, "--gpu-memory-utilization", utilization, "greater than 0 and at most 1")
+        _require(
+            0.0 < utilization <= 1.0, "--gpu-memory-utilization", utilization, "greater than 0 and at most 1"
+        )
         _require(0 <= self.max_logprobs <= 100, "--max-logprobs", self.max_logprobs, "between 0 and 100")
 
 
@@ -174,7 +176,10 @@ class ServerConfig:
         ):
             _require(count is None or count >= 1, flag, count, "an integer of at least 1")
         _require(
-            not self.root_path or self.root_path.startswith("/"), "--root-path", self.root_path, 'a path that starts with "/"'
+            not self.root_path or self.root_path.startswith("/"),
+            "--root-path",
+            self.root_path,
+            'a path that starts with "/"',
         )
 
     @property

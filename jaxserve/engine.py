@@ -24,7 +24,9 @@ class Engine:
         seed: seeds requests that bring no seed.
     """
 
-    def __init__(self, model_runner: ModelRunner, limits: SchedulerConfig | None = None, *, seed: int = 0) -> None:
+    def __init__(
+        self, model_runner: ModelRunner, limits: SchedulerConfig | None = None, *, seed: int = 0
+    ) -> None:
         self.model_runner = model_runner
         self.limits = limits or model_runner.limits
         self.block_manager = BlockManager(self.limits)
@@ -122,7 +124,9 @@ class Engine:
     def _update(self, plan: StepPlan, result: StepResult) -> list[SequenceOutput]:
         sampled = {row.sequence for row in plan.rows if row.samples}
         outputs = [
-            SequenceOutput(s.request_id, s.index, [], num_cached_tokens=s.num_cached_tokens, scheduled_at=s.scheduled_at)
+            SequenceOutput(
+                s.request_id, s.index, [], num_cached_tokens=s.num_cached_tokens, scheduled_at=s.scheduled_at
+            )
             for s in plan.first_scheduled
         ]
         for index, row in enumerate(plan.rows):
@@ -170,7 +174,9 @@ class Engine:
         vocab_size = self.model_runner.model_config.vocab_size
         prompt = request.prompt_token_ids
         if request.request_id in self._requests:
-            raise RequestError(f"A request with the id {request.request_id!r} is running already.", param="request_id")
+            raise RequestError(
+                f"A request with the id {request.request_id!r} is running already.", param="request_id"
+            )
         if not prompt:
             raise RequestError("The prompt cannot be empty.", param="prompt")
         if len(prompt) >= self.limits.max_model_len:

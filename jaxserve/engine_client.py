@@ -14,7 +14,7 @@ import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import msgspec
 
@@ -223,13 +223,20 @@ class SocketEngineClient:
             path = str(Path(directory) / "engine.sock")
             server = await asyncio.start_unix_server(on_connect, path, limit=MAX_FRAME_BYTES)
             self._process = await asyncio.create_subprocess_exec(
-                *self._command, path, env=_environment(), start_new_session=True, stdin=asyncio.subprocess.DEVNULL
+                *self._command,
+                path,
+                env=_environment(),
+                start_new_session=True,
+                stdin=asyncio.subprocess.DEVNULL,
             )
             exited = asyncio.create_task(self._process.wait())
-            await asyncio.wait({connected, exited}, return_when=asyncio.FIRST_COMPLETED)
+            either: set[asyncio.Future[Any]] = {connected, exited}
+            await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
             server.close()
             if not connected.done():
-                self._die(f"the engine process ended with status {self._process.returncode} before it connected")
+                self._die(
+                    f"the engine process ended with status {self._process.returncode} before it connected"
+                )
                 return
             exited.cancel()
         reader, self._writer = connected.result()

@@ -129,7 +129,7 @@ def serve(connection: Connection, config: EngineConfig) -> None:
         connection.send(engine.step())
 
 
-def _refusal(request: AddRequest, error: RequestError, stats: Any) -> StepOutputs:  # noqa: ANN401
+def _refusal(request: AddRequest, error: RequestError, stats: Any) -> StepOutputs:
     outputs = [
         SequenceOutput(request.request_id, index, [], finish_reason="error", error=str(error))
         for index in range(request.params.n)
@@ -140,7 +140,9 @@ def _refusal(request: AddRequest, error: RequestError, stats: Any) -> StepOutput
 def main() -> int:
     """Entry point; the exit status is 0 after Shutdown, 2 for a wrong model or flag, 1 for a defect."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the API process, which drains
-    logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
+    logging.basicConfig(
+        stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s"
+    )
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     sock.connect(sys.argv[1])
     connection = Connection(sock)
@@ -154,7 +156,9 @@ def main() -> int:
         return 2
     except Exception as error:
         logger.exception("the engine failed")
-        connection.send(EngineFailed(message=f"{type(error).__name__}: the engine failed; see its log", user_error=False))
+        connection.send(
+            EngineFailed(message=f"{type(error).__name__}: the engine failed; see its log", user_error=False)
+        )
         connection.flush()
         return 1
     connection.flush()

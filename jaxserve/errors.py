@@ -1,16 +1,16 @@
 """Every exception that jaxserve raises on purpose.
 
-    JaxserveError
-    ├── ConfigError             a flag or a combination of flags that cannot work     (exit status 2)
-    ├── ModelLoadError          a checkpoint, tokenizer or config that is wrong       (exit status 2)
-    ├── RequestError            a request that is refused: the client's fault         (HTTP 4xx)
-    │   ├── ContextLengthError  prompt, or prompt + max_tokens, does not fit
-    │   └── QueueFullError      admission refused: too many requests are waiting      (HTTP 429)
-    └── EngineError             the engine cannot serve                               (HTTP 5xx)
-        ├── RequestFailedError  the engine failed this one request                    (HTTP 500)
-        ├── EngineStartingError the model is still loading                            (HTTP 503)
-        ├── EngineDeadError     the engine process has ended                          (HTTP 503)
-        └── EngineStalledError  work is pending and no step has finished for too long (HTTP 503)
+JaxserveError
+├── ConfigError             a flag or a combination of flags that cannot work     (exit status 2)
+├── ModelLoadError          a checkpoint, tokenizer or config that is wrong       (exit status 2)
+├── RequestError            a request that is refused: the client's fault         (HTTP 4xx)
+│   ├── ContextLengthError  prompt, or prompt + max_tokens, does not fit
+│   └── QueueFullError      admission refused: too many requests are waiting      (HTTP 429)
+└── EngineError             the engine cannot serve                               (HTTP 5xx)
+    ├── RequestFailedError  the engine failed this one request                    (HTTP 500)
+    ├── EngineStartingError the model is still loading                            (HTTP 503)
+    ├── EngineDeadError     the engine process has ended                          (HTTP 503)
+    └── EngineStalledError  work is pending and no step has finished for too long (HTTP 503)
 """
 
 from __future__ import annotations

@@ -72,7 +72,7 @@ def load_generation_defaults(
     return GenerationDefaults(**values, top_k=None if top_k is None else int(top_k), eos_token_ids=tuple(eos))
 
 
-def _checked(key: str, value: Any) -> float:  # noqa: ANN401 - from a file
+def _checked(key: str, value: Any) -> float:
     low, high = BOUNDS[key]
     ok = isinstance(value, int | float) and not isinstance(value, bool) and low <= value <= high
     if not ok or (key == "top_k" and value != int(value)):

@@ -61,9 +61,7 @@ class KVCacheSpec:
         return [jnp.zeros(self.layer_shape(num_blocks), self.storage_dtype) for _ in range(self.num_layers)]
 
 
-def num_blocks_for(
-    spec: KVCacheSpec, *, pool_bytes: int, max_useful_tokens: int
-) -> int:
+def num_blocks_for(spec: KVCacheSpec, *, pool_bytes: int, max_useful_tokens: int) -> int:
     """Blocks in a pool of `pool_bytes`, the null block included; not more than all sequences at their longest
     (`max_useful_tokens`) could use.
 

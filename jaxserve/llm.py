@@ -56,7 +56,7 @@ class LLM:
         ConfigError, ModelLoadError: the model or an option is wrong.
     """
 
-    def __init__(self, model: str, *, skip_tokenizer: bool = False, **options: Any) -> None:  # noqa: ANN401
+    def __init__(self, model: str, *, skip_tokenizer: bool = False, **options: Any) -> None:
         path = resolve_model(model)
         self._tokenizer: Tokenizer | None = None
         self._eos_token_ids: tuple[int, ...] = ()
@@ -80,7 +80,9 @@ class LLM:
         return self._tokenizer
 
     def generate(
-        self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
     ) -> list[RequestOutput]:
         """Generate for all prompts, batched as the engine sees fit; results in the order of the prompts.
 
@@ -120,13 +122,17 @@ class LLM:
         Raises:
             RequestError: the template fails, or `generate` refuses.
         """
-        several = [c for c in conversations if isinstance(c, list)] or [[m for m in conversations if isinstance(m, dict)]]
+        several = [c for c in conversations if isinstance(c, list)] or [
+            [m for m in conversations if isinstance(m, dict)]
+        ]
         template = load_chat_template(None, self.tokenizer)
         if template is None:
             raise ModelLoadError("The model has no chat template.")
         kwargs = dict(template_kwargs or {})
         texts = [template.render(normalize_messages(messages, template), **kwargs) for messages in several]
-        return self.generate([self.tokenizer.encode(text, add_special_tokens=False) for text in texts], params)
+        return self.generate(
+            [self.tokenizer.encode(text, add_special_tokens=False) for text in texts], params
+        )
 
     def _check_length(self, request: AddRequest) -> None:
         asked, limit = request.params.max_tokens, self._engine.limits.max_model_len
@@ -145,7 +151,9 @@ class _Running:
         self._request_id = request_id
         self._params = params
         text = prompt if isinstance(prompt, str) else None
-        ids = llm.tokenizer.encode(prompt, add_special_tokens=True) if isinstance(prompt, str) else list(prompt)
+        ids = (
+            llm.tokenizer.encode(prompt, add_special_tokens=True) if isinstance(prompt, str) else list(prompt)
+        )
         self.result = RequestOutput(text, ids, [CompletionOutput(i) for i in range(params.n)])
         tokenizer = llm._tokenizer
         self._detokenizers = (
@@ -190,7 +198,9 @@ class _Running:
             output.text, stopped = output.text + rest.text, rest.stopped
         if stopped is not None:
             if step.finish_reason is None:
-                self._llm.engine.abort_request(AbortRequest(request_id=self._request_id, indices=[step.index]))
+                self._llm.engine.abort_request(
+                    AbortRequest(request_id=self._request_id, indices=[step.index])
+                )
             output.finish_reason, output.stop_reason = "stop", stopped
 
 

@@ -101,7 +101,11 @@ class ModelRunner:
             lambda: Llama(self.model_config, dtype=self.dtype, max_model_len=self.max_model_len)
         )
         self._spec = KVCacheSpec.of(self.model_config, self.block_size, self.dtype, self.device.platform)
-        self._free_bytes = None if config.kv_cache_memory_bytes else free_device_bytes(self.device, config.memory_utilization)
+        self._free_bytes = (
+            None
+            if config.kv_cache_memory_bytes
+            else free_device_bytes(self.device, config.memory_utilization)
+        )
         with ThreadPoolExecutor(COMPILE_THREADS + 1, thread_name_prefix="startup") as pool:
             loading = pool.submit(self._load, checkpoint, report)
             programs, num_blocks = self._compile_all(pool, report)
@@ -139,13 +143,15 @@ class ModelRunner:
 
     def prompt_logits(self, prompt_token_ids: list[int]) -> npt.NDArray[np.float32]:
         """Logits of every position, float32 [P, V], computed in chunks like any prompt. Compiles: for tests."""
-        sequence = Sequence("", 0, prompt_token_ids, SamplingParams(), seed=0, max_model_len=self.max_model_len)
+        sequence = Sequence(
+            "", 0, prompt_token_ids, SamplingParams(), seed=0, max_model_len=self.max_model_len
+        )
         sequence.block_table = list(range(1, 1 + _ceil_div(len(sequence), self.block_size)))
         chunks = []
+        shape = self._step_shape(self.buckets[-1])
+        program = jax.jit(make_all_logits(self._definition, shape), donate_argnums=1)
         while sequence.num_uncomputed_tokens:
-            num_tokens = min(sequence.num_uncomputed_tokens, self.buckets[-1])
-            shape = self._step_shape(next(b for b in self.buckets if b >= num_tokens))
-            program = jax.jit(make_all_logits(self._definition, shape), donate_argnums=1)
+            num_tokens = min(sequence.num_uncomputed_tokens, shape.num_tokens)
             packed = pack_step(StepPlan([ScheduledRow(sequence, num_tokens, [])]), shape, self.block_size)
             logits, self._kv_pools = program(self._leaves, self._kv_pools, jnp.asarray(packed))
             chunks.append(np.asarray(logits[:num_tokens]))
@@ -164,10 +170,14 @@ class ModelRunner:
             lambda _, array: jax.device_put(array, self.device),
         )
         leaves = jax.block_until_ready([params[name] for name in self._definition.names])
-        report(f"loaded {sum(x.nbytes for x in leaves) / 2**20:,.0f} MiB of weights in {_seconds_since(started)}")
+        report(
+            f"loaded {sum(x.nbytes for x in leaves) / 2**20:,.0f} MiB of weights in {_seconds_since(started)}"
+        )
         return leaves
 
-    def _compile_all(self, pool: ThreadPoolExecutor, report: Report) -> tuple[dict[int, jax.stages.Compiled], int]:
+    def _compile_all(
+        self, pool: ThreadPoolExecutor, report: Report
+    ) -> tuple[dict[int, jax.stages.Compiled], int]:
         """All programs, and the number of blocks that they are compiled for.
 
         The number is part of the programs' shape and depends on the memory that they need, so the largest one
@@ -185,7 +195,10 @@ class ModelRunner:
             programs = {b: future.result() for b, future in futures.items()}
         else:
             num_blocks = guess
-        report(f"compiled {len(programs)} programs ({', '.join(map(str, self.buckets))} tokens) in {_seconds_since(started)}")
+        report(
+            f"compiled {len(programs)} programs ({', '.join(map(str, self.buckets))} tokens) "
+            f"in {_seconds_since(started)}"
+        )
         return programs, num_blocks
 
     def _compile(self, bucket: int, num_blocks: int) -> jax.stages.Compiled:
@@ -267,6 +280,8 @@ def _resolve_max_model_len(config: EngineConfig, model: ModelConfig) -> int:
 def _program_bytes(program: jax.stages.Compiled) -> int:
     """Memory that a run takes beside its arguments."""
     memory = program.memory_analysis()
+    if memory is None:
+        return 0  # the backend does not tell
     return int(memory.temp_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes)
 
 

@@ -47,7 +47,9 @@ class SampleOutputs(NamedTuple):
     top_logprobs: jax.Array
 
 
-def sample(logits: jax.Array, inputs: SamplingInputs, *, max_logprobs: int, processed_logprobs: bool) -> SampleOutputs:
+def sample(
+    logits: jax.Array, inputs: SamplingInputs, *, max_logprobs: int, processed_logprobs: bool
+) -> SampleOutputs:
     """Draw one token per row.
 
     Args:
@@ -55,7 +57,7 @@ def sample(logits: jax.Array, inputs: SamplingInputs, *, max_logprobs: int, proc
         max_logprobs: L, static.
         processed_logprobs: report the distribution that was sampled from instead of the raw one; static.
     """
-    S, V = logits.shape
+    S = logits.shape[0]
     random = inputs.temperature >= GREEDY_EPSILON
     greedy_ids = jnp.argmax(logits, axis=-1).astype(jnp.int32)
 
@@ -104,12 +106,14 @@ def _masked(scaled: jax.Array, keep: jax.Array) -> jax.Array:
 def _top_k_top_p_mask(scaled: jax.Array, peak: jax.Array, top_k: jax.Array, top_p: jax.Array) -> jax.Array:
     """[S, V] mask of the `top_k` likeliest tokens and, within them, of the smallest set of likeliest tokens
     with a mass of at least `top_p`; the lowest ids win a tie."""
-    S, V = scaled.shape
+    V = scaled.shape[-1]
     num_candidates = min(NUM_CANDIDATES, V)
     values, ids = lax.top_k(scaled, num_candidates)  # ties: lower id first
     mass = jnp.cumsum(jnp.exp(values - peak), axis=-1)
     total = jnp.sum(jnp.exp(scaled - peak), axis=-1)
-    within_k = jnp.take_along_axis(mass, jnp.minimum(top_k, num_candidates)[:, None] - 1, axis=-1, mode="promise_in_bounds")[:, 0]
+    within_k = jnp.take_along_axis(
+        mass, jnp.minimum(top_k, num_candidates)[:, None] - 1, axis=-1, mode="promise_in_bounds"
+    )[:, 0]
     # top-p cuts what top-k left; without top-k that is everything
     target = top_p * jnp.where(top_k <= num_candidates, within_k, total)
     size_p = jnp.sum(mass < target[:, None], axis=-1) + 1
@@ -117,8 +121,12 @@ def _top_k_top_p_mask(scaled: jax.Array, peak: jax.Array, top_k: jax.Array, top_
     unfiltered = (top_k >= V) & (top_p >= 1.0)
     covered = unfiltered | (top_k <= num_candidates) | ((top_k >= V) & (size_p <= num_candidates))
     last = jnp.minimum(size, num_candidates)[:, None] - 1
-    threshold = jnp.where(unfiltered[:, None], -jnp.inf, jnp.take_along_axis(values, last, axis=-1, mode="promise_in_bounds"))
-    last_id = jnp.where(unfiltered[:, None], V, jnp.take_along_axis(ids, last, axis=-1, mode="promise_in_bounds"))
+    threshold = jnp.where(
+        unfiltered[:, None], -jnp.inf, jnp.take_along_axis(values, last, axis=-1, mode="promise_in_bounds")
+    )
+    last_id = jnp.where(
+        unfiltered[:, None], V, jnp.take_along_axis(ids, last, axis=-1, mode="promise_in_bounds")
+    )
 
     def bisected() -> tuple[jax.Array, jax.Array]:
         found = _bisect_threshold(scaled, peak, top_k, top_p)
@@ -190,7 +198,9 @@ def _draw(scaled: jax.Array, keep: jax.Array, uniforms: jax.Array) -> jax.Array:
     target = uniforms * cumulative[:, -1]
     column = jnp.sum(cumulative <= target[:, None], axis=-1)
     column = jnp.minimum(column, num_columns - 1)
-    before = jnp.where(column > 0, jnp.take_along_axis(cumulative, jnp.maximum(column - 1, 0)[:, None], 1)[:, 0], 0.0)
+    before = jnp.where(
+        column > 0, jnp.take_along_axis(cumulative, jnp.maximum(column - 1, 0)[:, None], 1)[:, 0], 0.0
+    )
     members = jnp.take_along_axis(table, column[:, None, None], axis=2)[:, :, 0]  # [S, NUM_GROUPS]
     within = jnp.cumsum(members, axis=-1)
     row = jnp.sum(within <= (target - before)[:, None], axis=-1)

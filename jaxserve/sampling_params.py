@@ -62,7 +62,9 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
         if self.seed is not None:
             _check("seed", self.seed, INT64_MIN <= self.seed <= INT64_MAX, "a 64-bit integer")
         _check("max_tokens", self.max_tokens, self.max_tokens >= 1, "at least 1")
-        _check("stop", len(self.stop), len(self.stop) <= MAX_STOP_STRINGS, f"at most {MAX_STOP_STRINGS} strings")
+        _check(
+            "stop", len(self.stop), len(self.stop) <= MAX_STOP_STRINGS, f"at most {MAX_STOP_STRINGS} strings"
+        )
         for string in self.stop:
             ok = 1 <= len(string) <= MAX_STOP_STRING_CHARS
             _check("stop", string, ok, f"strings of 1 to {MAX_STOP_STRING_CHARS} characters")

@@ -69,7 +69,7 @@ class StepShape:
         """int32 elements of the buffer."""
         return sum(int(np.prod(shape)) for shape in self.fields.values())
 
-    def unpack(self, buffer: Any) -> dict[str, Any]:  # noqa: ANN401 - a numpy or a jax array: slices alike
+    def unpack(self, buffer: Any) -> dict[str, Any]:
         """Views of (numpy) or slices of (jax) the buffer by name."""
         views, offset = {}, 0
         for name, shape in self.fields.items():

@@ -122,14 +122,20 @@ def paged_attention(
         first_chunk = jnp.int32(0)
         if sliding_window is not None:
             oldest = jnp.min(jnp.where(lens > 0, q_positions[:, 0], jnp.iinfo(jnp.int32).max))
-            first_chunk = jnp.minimum(lax.div(jnp.maximum(oldest - sliding_window + 1, 0), jnp.int32(chunk)), last_chunk)
+            first_chunk = jnp.minimum(
+                lax.div(jnp.maximum(oldest - sliding_window + 1, 0), jnp.int32(chunk)), last_chunk
+            )
 
         def body(c: jax.Array, carry: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, ...]:
             peak, total, acc = carry
             block_ids = _slice(block_rows, c * blocks_per_chunk, blocks_per_chunk, axis=1)
             keys, values = gather(block_ids, tiled)
             scores = lax.dot_general(
-                q.astype(keys.dtype), keys, (((3,), (3,)), ((0, 1), (0, 1))), precision, preferred_element_type=jnp.float32
+                q.astype(keys.dtype),
+                keys,
+                (((3,), (3,)), ((0, 1), (0, 1))),
+                precision,
+                preferred_element_type=jnp.float32,
             )  # [R, K, Q, C]
             kv_positions = c * chunk + jnp.arange(chunk, dtype=jnp.int32)
             visible = (kv_positions <= q_positions[:, :, None]) & (kv_positions < lens[:, None, None])
@@ -173,7 +179,9 @@ def paged_attention(
         end = jnp.minimum(_slice(metadata.seq_lens, row, 1), position + QUERY_TILE)
         result = attend(q, _slice(tables, row, 1), q_positions, end, tiled=True)
         result = result.reshape(K, G, QUERY_TILE, D).transpose(2, 0, 1, 3).reshape(QUERY_TILE, H, D)
-        return _update(out, result, first)  # what it writes past its row's end, the tiles behind it write again
+        return _update(
+            out, result, first
+        )  # what it writes past its row's end, the tiles behind it write again
 
     num_groups = _ceil_div(metadata.num_single_tokens, group)
     if metadata.tiles.shape[0] == 0:

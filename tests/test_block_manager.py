@@ -38,7 +38,12 @@ def make_sequence(
 
 
 def make_scheduler(
-    *, num_blocks: int = 13, max_num_seqs: int = 4, budget: int = 8, caching: bool = True, chunked: bool = True
+    *,
+    num_blocks: int = 13,
+    max_num_seqs: int = 4,
+    budget: int = 8,
+    caching: bool = True,
+    chunked: bool = True,
 ) -> Scheduler:
     config = SchedulerConfig(
         max_model_len=MAX_MODEL_LEN,
@@ -110,7 +115,9 @@ class EngineStates(RuleBasedStateMachine):
                 slot = block * BLOCK_SIZE + position % BLOCK_SIZE
                 assert slot not in writes, "two rows write into one slot"
                 writes.add(slot)
-                self.written.setdefault(block, [None] * BLOCK_SIZE)[position % BLOCK_SIZE] = s.token_ids[position]
+                self.written.setdefault(block, [None] * BLOCK_SIZE)[position % BLOCK_SIZE] = s.token_ids[
+                    position
+                ]
         for row in plan.rows:
             s = row.sequence
             for position in range(s.num_computed_tokens + row.num_tokens):
@@ -240,7 +247,10 @@ def test_rows_of_one_token_are_served_before_a_long_prompt() -> None:
 
 def test_the_youngest_is_preempted_and_computed_again_first() -> None:
     scheduler = make_scheduler(num_blocks=7, budget=24, caching=False)
-    old, young = make_sequence("old", [1] * 11, max_tokens=13), make_sequence("young", [2] * 11, max_tokens=13)
+    old, young = (
+        make_sequence("old", [1] * 11, max_tokens=13),
+        make_sequence("young", [2] * 11, max_tokens=13),
+    )
     for sequence in (old, young):
         scheduler.add(sequence)
     while scheduler.num_preemptions == 0:

@@ -74,7 +74,9 @@ def mixed_requests(count: int, seed: int = 0) -> list[AddRequest]:
     prefixes = [[rng.randrange(300) for _ in range(40)] for _ in range(3)]
     requests = []
     for i in range(count):
-        prompt = rng.choice(prefixes)[: rng.randrange(41)] + [rng.randrange(300) for _ in range(rng.randrange(1, 30))]
+        prompt = rng.choice(prefixes)[: rng.randrange(41)] + [
+            rng.randrange(300) for _ in range(rng.randrange(1, 30))
+        ]
         params = SamplingParams(
             n=rng.choice([1, 1, 1, 2, 3]),
             temperature=rng.choice([0.0, 0.7, 1.0, 1.5]),
@@ -84,7 +86,9 @@ def mixed_requests(count: int, seed: int = 0) -> list[AddRequest]:
             seed=rng.randrange(-(2**63), 2**63),
             max_tokens=rng.randrange(1, 20),
         )
-        requests.append(AddRequest(request_id=str(i), prompt_token_ids=prompt, params=params, eos_token_ids=(0,)))
+        requests.append(
+            AddRequest(request_id=str(i), prompt_token_ids=prompt, params=params, eos_token_ids=(0,))
+        )
     return requests
 
 
@@ -226,7 +230,9 @@ def test_a_first_output_says_when_a_sequence_was_scheduled_and_what_was_cached(r
 
 def test_logprobs_come_with_every_token_of_rows_that_asked(runner: ModelRunner) -> None:
     engine = make_engine(runner)
-    asks = AddRequest(request_id="a", prompt_token_ids=[1, 2], params=SamplingParams(max_tokens=3, logprobs=2, seed=1))
+    asks = AddRequest(
+        request_id="a", prompt_token_ids=[1, 2], params=SamplingParams(max_tokens=3, logprobs=2, seed=1)
+    )
     plain = AddRequest(request_id="b", prompt_token_ids=[1, 2], params=SamplingParams(max_tokens=3, seed=1))
     engine.add_request(asks)
     engine.add_request(plain)
@@ -261,8 +267,14 @@ def test_a_request_that_slips_through_is_refused_and_harms_nobody(
     runner: ModelRunner, change: dict[str, Any], param: str
 ) -> None:
     engine = make_engine(runner)
-    fields: dict[str, Any] = {"request_id": "r", "prompt_token_ids": [1], "params": SamplingParams(max_tokens=2)}
-    engine.add_request(AddRequest(request_id="taken", prompt_token_ids=[1], params=SamplingParams(max_tokens=2)))
+    fields: dict[str, Any] = {
+        "request_id": "r",
+        "prompt_token_ids": [1],
+        "params": SamplingParams(max_tokens=2),
+    }
+    engine.add_request(
+        AddRequest(request_id="taken", prompt_token_ids=[1], params=SamplingParams(max_tokens=2))
+    )
     with pytest.raises(RequestError) as refusal:
         engine.add_request(AddRequest(**(fields | change)))
     assert refusal.value.param == param
@@ -280,7 +292,9 @@ def test_buckets_are_at_most_eight_and_reach_the_budget() -> None:
         assert buckets[-1] >= budget
 
 
-def test_one_program_and_one_transfer_each_way_per_step(runner: ModelRunner, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_program_and_one_transfer_each_way_per_step(
+    runner: ModelRunner, monkeypatch: pytest.MonkeyPatch
+) -> None:
     calls: list[tuple[int, ...]] = []
     programs = dict(runner._programs)
 

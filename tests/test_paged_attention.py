@@ -41,7 +41,15 @@ def metadata_of(plan: StepPlan, bucket: int) -> AttentionMetadata:
     shape = StepShape(bucket, min(bucket, 64), MAX_MODEL_LEN // BLOCK_SIZE)
     inputs = {k: jnp.asarray(v) for k, v in shape.unpack(pack_step(plan, shape, BLOCK_SIZE)).items()}
     single, num_tiles, _ = inputs["counts"]
-    names = ("block_tables", "seq_lens", "query_start_loc", "positions", "token_rows", "slot_mapping", "tiles")
+    names = (
+        "block_tables",
+        "seq_lens",
+        "query_start_loc",
+        "positions",
+        "token_rows",
+        "slot_mapping",
+        "tiles",
+    )
     return AttentionMetadata(**{n: inputs[n] for n in names}, num_single_tokens=single, num_tiles=num_tiles)
 
 
@@ -69,7 +77,9 @@ def run_both(
     if dtype == "bfloat16":
         new_pool = jax.lax.bitcast_convert_type(new_pool, jnp.bfloat16)
     # what was written is what the reference writes, but for the null block
-    np.testing.assert_array_equal(np.asarray(new_pool[1:], np.float32), np.asarray(expected_pool[1:], np.float32))
+    np.testing.assert_array_equal(
+        np.asarray(new_pool[1:], np.float32), np.asarray(expected_pool[1:], np.float32)
+    )
     return np.asarray(out, np.float32), np.asarray(expected, np.float32), plan.num_tokens
 
 
@@ -84,7 +94,9 @@ CASES = {
 
 @pytest.mark.parametrize("window", [None, 5, 100])
 @pytest.mark.parametrize(("rows", "bucket"), CASES.values(), ids=CASES.keys())
-def test_equals_the_reference_in_float32(rows: list[tuple[int, int]], bucket: int, window: int | None) -> None:
+def test_equals_the_reference_in_float32(
+    rows: list[tuple[int, int]], bucket: int, window: int | None
+) -> None:
     ours, expected, n = run_both(rows, bucket, (6, 2, 16), window, "float32")
     np.testing.assert_allclose(ours[:n], expected[:n], rtol=1e-5, atol=1e-6)
 

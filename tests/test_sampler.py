@@ -88,7 +88,9 @@ def test_greedy_takes_the_lowest_id_on_a_tie_and_ignores_the_filters() -> None:
     ids=str,
 )
 @pytest.mark.parametrize("temperature", [0.5, 2.0])
-def test_draws_only_and_all_of_the_allowed_tokens(vocab_size: int, filters: dict[str, float], temperature: float) -> None:
+def test_draws_only_and_all_of_the_allowed_tokens(
+    vocab_size: int, filters: dict[str, float], temperature: float
+) -> None:
     logits = np.random.RandomState(1).randn(vocab_size) * 2
     settings: Any = {"top_k": 0, "top_p": 1.0, "min_p": 0.0, **filters}
     allowed = allowed_tokens(logits, temperature=temperature, **settings)
@@ -97,7 +99,9 @@ def test_draws_only_and_all_of_the_allowed_tokens(vocab_size: int, filters: dict
     if len(allowed) <= 8:
         assert drawn == allowed
     scaled, keep = sampler._processed(
-        jnp.asarray(logits[None], jnp.float32), inputs_for(1, temperature=temperature, **settings), jnp.ones(1, bool)
+        jnp.asarray(logits[None], jnp.float32),
+        inputs_for(1, temperature=temperature, **settings),
+        jnp.ones(1, bool),
     )
     assert set(np.flatnonzero(np.asarray(keep)[0]).tolist()) == allowed
     assert np.isfinite(np.asarray(scaled)).all()
@@ -119,9 +123,16 @@ def test_draws_follow_the_softmax() -> None:
 def test_a_draw_depends_on_seed_choice_and_position_only() -> None:
     rng = np.random.RandomState(3)
     rows = rng.randn(16, 1000)
-    keys: Any = {"seed_low": rng.randint(0, 2**31, 16), "choice": np.arange(16), "position": rng.randint(0, 999, 16)}
+    keys: Any = {
+        "seed_low": rng.randint(0, 2**31, 16),
+        "choice": np.arange(16),
+        "position": rng.randint(0, 999, 16),
+    }
     together = run(rows, inputs_for(16, **keys)).token_ids
-    alone = [run(rows[i : i + 1], inputs_for(1, **{k: v[i] for k, v in keys.items()})).token_ids[0] for i in range(16)]
+    alone = [
+        run(rows[i : i + 1], inputs_for(1, **{k: v[i] for k, v in keys.items()})).token_ids[0]
+        for i in range(16)
+    ]
     assert together.tolist() == alone
     shuffled = rng.permutation(16)
     again = run(rows[shuffled], inputs_for(16, **{k: v[shuffled] for k, v in keys.items()})).token_ids

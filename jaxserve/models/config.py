@@ -74,7 +74,9 @@ class ModelConfig:
             raise ModelLoadError(f"head_dim ({self.head_dim}) must be even for rotary positions.")
         factors = self.rope.frequency_factors
         if factors is not None and len(factors) != self.head_dim // 2:
-            raise ModelLoadError(f"{len(factors)} rotary frequency factors for a head_dim of {self.head_dim}.")
+            raise ModelLoadError(
+                f"{len(factors)} rotary frequency factors for a head_dim of {self.head_dim}."
+            )
 
     @classmethod
     def from_hf(cls, config: Mapping[str, Any]) -> ModelConfig:
@@ -94,7 +96,9 @@ class ModelConfig:
         sliding_window = config.get("sliding_window") if architecture == "MistralForCausalLM" else None
         dtype = str(config.get("dtype") or config.get("torch_dtype") or "float32").removeprefix("torch.")
         if dtype not in DTYPES:
-            raise ModelLoadError(f"config.json: dtype {dtype!r} is not supported; these are: {', '.join(DTYPES)}.")
+            raise ModelLoadError(
+                f"config.json: dtype {dtype!r} is not supported; these are: {', '.join(DTYPES)}."
+            )
         max_position_embeddings = values.size("max_position_embeddings", 2048)
         return cls(
             architecture=architecture,
@@ -133,11 +137,16 @@ class ModelConfig:
         if architecture != "llama":
             raise ModelLoadError(f"general.architecture {architecture!r} is not supported; only llama is.")
         values = _Values("GGUF metadata", metadata)
-        hidden_size, num_heads = values.size("llama.embedding_length"), values.size("llama.attention.head_count")
+        hidden_size, num_heads = (
+            values.size("llama.embedding_length"),
+            values.size("llama.attention.head_count"),
+        )
         head_dim = values.size("llama.attention.key_length", hidden_size // num_heads)
         rotated = values.size("llama.rope.dimension_count", head_dim)
         if rotated != head_dim:
-            raise ModelLoadError(f"llama.rope.dimension_count {rotated} of {head_dim}: partial rotation is not supported.")
+            raise ModelLoadError(
+                f"llama.rope.dimension_count {rotated} of {head_dim}: partial rotation is not supported."
+            )
         max_position_embeddings = values.size("llama.context_length")
         rope_type = metadata.get("llama.rope.scaling.type", "none")
         if rope_type not in ("none", "linear", "yarn"):
@@ -179,7 +188,9 @@ class _Values:
     def size(self, key: str, default: int | None = None) -> int:
         value = self._get(key, default)
         if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= MAX_SIZE:
-            raise ModelLoadError(f"{self._source}: {key} must be an integer from 1 to {MAX_SIZE:,}, got {value!r:.100}.")
+            raise ModelLoadError(
+                f"{self._source}: {key} must be an integer from 1 to {MAX_SIZE:,}, got {value!r:.100}."
+            )
         return value
 
     def number(self, key: str, default: float | None = None) -> float:
@@ -191,7 +202,7 @@ class _Values:
     def optional_number(self, key: str) -> float | None:
         return None if self._values.get(key) is None else self.number(key)
 
-    def _get(self, key: str, default: float | None) -> Any:  # noqa: ANN401 - untrusted
+    def _get(self, key: str, default: float | None) -> Any:
         value = self._values.get(key)
         if value is None:
             if default is None:

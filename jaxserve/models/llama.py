@@ -23,7 +23,9 @@ class Attention(nnx.Module):
     def __init__(self, config: ModelConfig, dtype: jnp.dtype) -> None:
         self.config = config
         heads = config.num_heads + 2 * config.num_kv_heads
-        self.qkv_proj = Linear(config.hidden_size, heads * config.head_dim, bias=config.attention_bias, dtype=dtype)
+        self.qkv_proj = Linear(
+            config.hidden_size, heads * config.head_dim, bias=config.attention_bias, dtype=dtype
+        )
         self.o_proj = Linear(
             config.num_heads * config.head_dim, config.hidden_size, bias=config.attention_bias, dtype=dtype
         )
@@ -85,10 +87,16 @@ class Llama(nnx.Module):
         self.layers = nnx.List([DecoderLayer(config, dtype) for _ in range(config.num_layers)])
         self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps, dtype=dtype)
         tied = config.tie_word_embeddings
-        self.lm_head = None if tied else Linear(config.hidden_size, config.vocab_size, bias=False, dtype=dtype)
+        self.lm_head = (
+            None if tied else Linear(config.hidden_size, config.vocab_size, bias=False, dtype=dtype)
+        )
 
     def __call__(
-        self, token_ids: jax.Array, positions: jax.Array, kv_pools: list[jax.Array], metadata: AttentionMetadata
+        self,
+        token_ids: jax.Array,
+        positions: jax.Array,
+        kv_pools: list[jax.Array],
+        metadata: AttentionMetadata,
     ) -> tuple[jax.Array, list[jax.Array]]:
         """Hidden states of this step's tokens.
 
@@ -129,7 +137,9 @@ def checkpoint_slots(config: ModelConfig) -> dict[str, TensorSlot]:
     def add(layer: int, name: str, param: str, row: int, shape: tuple[int, ...]) -> None:
         slots[f"model.layers.{layer}.{name}"] = TensorSlot(f"layers.{layer}.{param}", row, shape)
 
-    def add_linear(layer: int, name: str, param: str, row: int, shape: tuple[int, int], *, bias: bool) -> None:
+    def add_linear(
+        layer: int, name: str, param: str, row: int, shape: tuple[int, int], *, bias: bool
+    ) -> None:
         add(layer, f"{name}.weight", f"{param}.weight", row, shape)
         if bias:
             add(layer, f"{name}.bias", f"{param}.bias", row, shape[:1])
@@ -147,5 +157,7 @@ def checkpoint_slots(config: ModelConfig) -> dict[str, TensorSlot]:
         for row, name in ((0, "gate_proj"), (c.intermediate_size, "up_proj")):
             shape = (c.intermediate_size, c.hidden_size)
             add_linear(i, f"mlp.{name}", "mlp.gate_up_proj", row, shape, bias=c.mlp_bias)
-        add_linear(i, "mlp.down_proj", "mlp.down_proj", 0, (c.hidden_size, c.intermediate_size), bias=c.mlp_bias)
+        add_linear(
+            i, "mlp.down_proj", "mlp.down_proj", 0, (c.hidden_size, c.intermediate_size), bias=c.mlp_bias
+        )
     return slots

@@ -27,10 +27,10 @@ def rope_frequencies(config: ModelConfig, max_model_len: int) -> tuple[Floats, f
     attention_factor = 1.0
     match rope.rope_type:
         case "linear":
-            inv_freq = _inverse(rope.theta, D) / np.float32(rope.factor)
+            inv_freq = (_inverse(rope.theta, D) / rope.factor).astype(np.float32)
         case "dynamic":
             stretch = max(max_model_len, config.max_position_embeddings) / config.max_position_embeddings
-            theta = rope.theta * (rope.factor * stretch - (rope.factor - 1)) ** (D / (D - 2))
+            theta = rope.theta * math.pow(rope.factor * stretch - (rope.factor - 1), D / (D - 2))
             inv_freq = _inverse(theta, D)
         case "llama3":
             inv_freq = _llama3(rope, D)
@@ -39,8 +39,8 @@ def rope_frequencies(config: ModelConfig, max_model_len: int) -> tuple[Floats, f
         case _:
             inv_freq = _inverse(rope.theta, D)
     if rope.frequency_factors is not None:
-        inv_freq = inv_freq / np.asarray(rope.frequency_factors, np.float32)
-    return inv_freq.astype(np.float32), attention_factor
+        inv_freq = np.divide(inv_freq, np.asarray(rope.frequency_factors, np.float32), dtype=np.float32)
+    return inv_freq, attention_factor
 
 
 def _inverse(theta: float, D: int) -> Floats:

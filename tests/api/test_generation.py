@@ -13,6 +13,7 @@ from openai.types.chat import ChatCompletion, ChatCompletionChunk
 from quart import Quart
 
 from jaxserve.api.generation import RequestTimings, TokenClock
+from jaxserve.api.metrics import Metrics
 from jaxserve.errors import EngineDeadError, EngineStartingError
 from jaxserve.messages import AddRequest, SequenceOutput
 from jaxserve.tokenizer import Tokenizer
@@ -727,6 +728,7 @@ class Recorder(Metrics):
     """Stands in for the metrics."""
 
     def __init__(self) -> None:
+        super().__init__()
         self.timings: list[RequestTimings] = []
 
     def observe_request(self, timings: RequestTimings) -> None:

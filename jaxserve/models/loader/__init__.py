@@ -24,7 +24,9 @@ def open_checkpoint(path: Path, load_format: LoadFormat) -> Checkpoint:
     is_gguf = path.suffix == ".gguf"
     match load_format:
         case "dummy":
-            return DummyCheckpoint(GGUFCheckpoint(path).config if is_gguf else SafetensorsCheckpoint.read_config(path))
+            return DummyCheckpoint(
+                GGUFCheckpoint(path).config if is_gguf else SafetensorsCheckpoint.read_config(path)
+            )
         case "gguf" if not is_gguf:
             raise ModelLoadError(f"--load-format gguf needs a .gguf file, got {path}.")
         case "safetensors" if is_gguf:

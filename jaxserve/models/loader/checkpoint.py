@@ -60,7 +60,7 @@ def load_params(
         ModelLoadError: a tensor is missing, surplus or of a wrong shape; the first one is named.
     """
     ignored = _check_tensors(checkpoint, slots)
-    remaining = {param: 0 for param in param_shapes}
+    remaining = dict.fromkeys(param_shapes, 0)
     for slot in slots.values():
         remaining[slot.param] += 1
     buffers: dict[str, Array] = {}
@@ -91,10 +91,14 @@ def _check_tensors(checkpoint: Checkpoint, slots: Mapping[str, TensorSlot]) -> s
         ignored.add("lm_head.weight")  # the config decides, as in transformers: the embedding is the head
     surplus = [name for name in found if name not in slots and name not in ignored]
     if surplus:
-        raise ModelLoadError(f"The checkpoint has tensors that the model has no place for: {_first(surplus)}.")
+        raise ModelLoadError(
+            f"The checkpoint has tensors that the model has no place for: {_first(surplus)}."
+        )
     for name, slot in slots.items():
         if found[name] != slot.shape:
-            raise ModelLoadError(f"The tensor {name} has the shape {found[name]}, the config asks for {slot.shape}.")
+            raise ModelLoadError(
+                f"The tensor {name} has the shape {found[name]}, the config asks for {slot.shape}."
+            )
     return ignored & set(found)
 
 

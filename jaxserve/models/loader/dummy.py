@@ -41,7 +41,10 @@ class DummyCheckpoint:
         shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (c.vocab_size, c.hidden_size)}
         for i in range(c.num_layers):
             layer = f"model.layers.{i}"
-            for group, linears, bias in (("self_attn", attention, c.attention_bias), ("mlp", mlp, c.mlp_bias)):
+            for group, linears, bias in (
+                ("self_attn", attention, c.attention_bias),
+                ("mlp", mlp, c.mlp_bias),
+            ):
                 for name, shape in linears.items():
                     shapes[f"{layer}.{group}.{name}.weight"] = shape
                     if bias:

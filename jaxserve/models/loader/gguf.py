@@ -25,7 +25,19 @@ MAX_TENSORS = 1 << 16
 MAX_ARRAY_LENGTH = 1 << 24
 MAX_STRING_BYTES = 1 << 24
 MAX_DIMENSIONS = 4
-SCALARS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?", 10: "<Q", 11: "<q", 12: "<d"}
+SCALARS = {
+    0: "<B",
+    1: "<b",
+    2: "<H",
+    3: "<h",
+    4: "<I",
+    5: "<i",
+    6: "<f",
+    7: "<?",
+    10: "<Q",
+    11: "<q",
+    12: "<d",
+}
 STRING, ARRAY = 8, 9
 
 SUPPORTED_TYPES = (
@@ -114,7 +126,7 @@ class GGUFCheckpoint:
 
     def _num_bytes(self, info: TensorInfo) -> int:
         block, block_bytes = self._sizes[self._types[info.type]]
-        return int(np.prod(info.shape, dtype=np.int64)) // block * block_bytes
+        return int(np.prod(info.shape, dtype=np.int64)) // int(block) * int(block_bytes)
 
     def _check(self, info: TensorInfo) -> None:
         kind = self._types.get(info.type)
@@ -124,7 +136,9 @@ class GGUFCheckpoint:
                 f"{self._path}: the tensor {info.name} is of type {shown}; supported are {', '.join(SUPPORTED_TYPES)}."
             )
         if info.shape[-1] % self._sizes[kind][0]:
-            raise ModelLoadError(f"{self._path}: the tensor {info.name} has rows of {info.shape[-1]}, no whole blocks.")
+            raise ModelLoadError(
+                f"{self._path}: the tensor {info.name} has rows of {info.shape[-1]}, no whole blocks."
+            )
         end = info.offset + self._num_bytes(info)
         if end > len(self._data):
             raise ModelLoadError(
@@ -181,7 +195,9 @@ class _Header:
             raise ModelLoadError(f"{self._path} is of GGUF version {version}; 2 and 3 are supported.")
         num_tensors, num_entries = self._scalar("<Q"), self._scalar("<Q")
         if num_tensors > MAX_TENSORS or num_entries > MAX_METADATA_ENTRIES:
-            raise ModelLoadError(f"{self._path} claims {num_tensors:,} tensors and {num_entries:,} entries: corrupt.")
+            raise ModelLoadError(
+                f"{self._path} claims {num_tensors:,} tensors and {num_entries:,} entries: corrupt."
+            )
         self.metadata: dict[str, Any] = {}
         for _ in range(num_entries):
             key = self._string()
@@ -197,14 +213,16 @@ class _Header:
         name = self._string()
         num_dimensions = self._scalar("<I")
         if not 1 <= num_dimensions <= MAX_DIMENSIONS:
-            raise ModelLoadError(f"{self._path}: the tensor {name:.100} has {num_dimensions} dimensions: corrupt.")
+            raise ModelLoadError(
+                f"{self._path}: the tensor {name:.100} has {num_dimensions} dimensions: corrupt."
+            )
         # ggml lists the fastest dimension first
         shape = tuple(self._scalar("<Q") for _ in range(num_dimensions))[::-1]
         if not all(1 <= size <= 1 << 32 for size in shape):
             raise ModelLoadError(f"{self._path}: the tensor {name:.100} has the shape {shape}: corrupt.")
         return TensorInfo(name, shape, self._scalar("<I"), self._scalar("<Q"))
 
-    def _value(self, kind: int) -> Any:  # noqa: ANN401 - whatever the file holds
+    def _value(self, kind: int) -> Any:
         if kind == STRING:
             return self._string()
         if kind == ARRAY:
@@ -231,7 +249,7 @@ class _Header:
             raise ModelLoadError(f"{self._path}: a string of {length:,} bytes: corrupt.")
         return self._take(length).decode("utf-8", "surrogateescape")
 
-    def _scalar(self, code: str) -> Any:  # noqa: ANN401 - as the code says
+    def _scalar(self, code: str) -> Any:
         (value,) = struct.unpack_from(code, self._data, self._position)
         self._position += struct.calcsize(code)
         return value

@@ -24,7 +24,9 @@ def resolve_model(model: str) -> Path:
     if path.exists():
         raise ModelLoadError(f"{model} is neither a directory nor a .gguf file.")
     if not HUB_ID.fullmatch(model):
-        raise ModelLoadError(f"There is no model at {model}: give a directory, a .gguf file or a hub id (org/name).")
+        raise ModelLoadError(
+            f"There is no model at {model}: give a directory, a .gguf file or a hub id (org/name)."
+        )
     from huggingface_hub import snapshot_download  # imports half a second's worth: only where it is needed
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 

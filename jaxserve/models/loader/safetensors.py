@@ -68,12 +68,16 @@ class _Entry:
             self.shape = tuple(int(size) for size in header["shape"])
             self.begin, self.end = (int(offset) for offset in header["data_offsets"])
         except (KeyError, TypeError, ValueError) as error:
-            raise ModelLoadError(f"{path}: the tensor {name} has a header that cannot be read: {error}.") from error
+            raise ModelLoadError(
+                f"{path}: the tensor {name} has a header that cannot be read: {error}."
+            ) from error
         num_bytes = self.dtype.itemsize * int(np.prod(self.shape, dtype=np.int64))
         if min(self.shape, default=1) < 0 or self.end - self.begin != num_bytes or self.begin < 0:
             raise ModelLoadError(f"{path}: the tensor {name} has sizes that contradict each other.")
         if self.end > num_data_bytes:
-            raise ModelLoadError(f"{path} is truncated: the tensor {name} ends {self.end - num_data_bytes:,} bytes beyond it.")
+            raise ModelLoadError(
+                f"{path} is truncated: the tensor {name} ends {self.end - num_data_bytes:,} bytes beyond it."
+            )
 
 
 class _File:
@@ -88,7 +92,9 @@ class _File:
             try:
                 header = json.loads(file.read(header_bytes))
             except (ValueError, RecursionError) as error:
-                raise ModelLoadError(f"{path} has a header that is no JSON: truncated or no safetensors file.") from error
+                raise ModelLoadError(
+                    f"{path} has a header that is no JSON: truncated or no safetensors file."
+                ) from error
         if not isinstance(header, dict):
             raise ModelLoadError(f"{path} has a header that is no JSON object.")
         self._path = path

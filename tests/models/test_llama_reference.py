@@ -1,0 +1,90 @@
+"""The model against Hugging Face transformers, in float32. scripts/make_reference.py made the values."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from jaxserve.config import EngineConfig
+from jaxserve.engine import Engine
+from jaxserve.messages import AddRequest
+from jaxserve.model_runner import ModelRunner
+from jaxserve.sampling_params import SamplingParams
+from tests.tiny_llama import VARIANTS, write_tiny_model
+
+DATA = Path(__file__).parents[1] / "data"
+STRIDE = 97
+
+
+def greedy(runner: ModelRunner, prompts: list[list[int]], count: int) -> list[list[int]]:
+    """Continuations of all prompts, batched."""
+    engine = Engine(runner)
+    params = SamplingParams(temperature=0.0, max_tokens=count)
+    for i, ids in enumerate(prompts):
+        engine.add_request(AddRequest(request_id=str(i), prompt_token_ids=ids, params=params))
+    tokens: dict[str, list[int]] = {}
+    while engine.has_work:
+        for output in engine.step().outputs:
+            tokens.setdefault(output.request_id, []).extend(output.token_ids)
+    return [tokens[str(i)] for i in range(len(prompts))]
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_every_variant_of_the_configuration_equals_transformers(variant: str, tmp_path: Path) -> None:
+    stored = np.load(DATA / "tiny_llama.npz")
+    path = write_tiny_model(tmp_path / "model", variant)
+    config = EngineConfig(
+        model=str(path),
+        dtype="float32",
+        max_num_seqs=4,
+        max_num_batched_tokens=16,
+        kv_cache_memory_bytes=4 << 20,
+    )
+    runner = ModelRunner(config)
+    logits = runner.prompt_logits(stored[f"{variant}/prompt"].tolist())
+    np.testing.assert_allclose(logits, stored[f"{variant}/logits"], atol=2e-3)
+    sequences = [stored[f"{variant}/greedy_{i}"].tolist() for i in range(3)]
+    assert greedy(runner, [s[:-24] for s in sequences], 24) == [s[-24:] for s in sequences]
+
+
+@pytest.fixture(scope="module")
+def demo_runner(demo_model_path: Path) -> Iterator[ModelRunner]:
+    config = EngineConfig(
+        model=str(demo_model_path),
+        dtype="float32",
+        max_model_len=1024,
+        max_num_seqs=20,
+        max_num_batched_tokens=128,
+        kv_cache_memory_bytes=256 << 20,
+    )
+    yield ModelRunner(config)
+
+
+@pytest.mark.model
+def test_logits_of_the_demo_model_equal_transformers(demo_runner: ModelRunner) -> None:
+    stored = np.load(DATA / "demo_logits.npz")
+    lengths = []
+    for i in range(8):
+        ids = stored[f"ids_{i}"].tolist()
+        lengths.append(len(ids))
+        logits = demo_runner.prompt_logits(ids)
+        np.testing.assert_allclose(logits[-1], stored[f"last_{i}"], atol=2e-3)
+        np.testing.assert_allclose(
+            logits[:: max(1, len(ids) // 40), ::STRIDE], stored[f"strided_{i}"], atol=2e-3
+        )
+    assert min(lengths) == 1
+    assert max(lengths) > 500
+
+
+@pytest.mark.model
+def test_greedy_continuations_of_the_demo_model_equal_transformers(demo_runner: ModelRunner) -> None:
+    rows: list[dict[str, Any]] = json.loads((DATA / "demo_greedy.json").read_text("utf-8"))
+    assert len(rows) >= 20
+    ours = greedy(demo_runner, [row["ids"] for row in rows], 64)
+    for row, tokens in zip(rows, ours, strict=True):
+        assert tokens == row["tokens"], f"{row['prompt']!r}: margins {row['margins']}"

@@ -1,0 +1,222 @@
+"""How the server starts, drains, fails and ends: real processes, a tiny model."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from tests.server_process import running_server
+from tests.tiny_llama import write_tiny_model
+
+pytestmark = pytest.mark.model
+STREAM: dict[str, Any] = {"model": "tiny", "prompt": [5, 6, 7], "stream": True, "ignore_eos": True}
+
+
+@pytest.fixture(scope="module")
+def flags(demo_model_path: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """A tiny model with the demo model's tokenizer: prompts are ids."""
+    model = write_tiny_model(tmp_path_factory.mktemp("tiny") / "model")
+    return [
+        *("--model", str(model), "--tokenizer", str(demo_model_path), "--served-model-name", "tiny"),
+        *("--max-num-seqs", "2", "--max-num-batched-tokens", "16", "--kv-cache-memory-bytes", str(4 << 20)),
+    ]
+
+
+@pytest.fixture
+def start(flags: list[str], tmp_path: Path) -> Any:
+    def start(*more: str, **options: Any) -> Any:
+        return running_server(tmp_path / "log", *flags, *more, **options)
+
+    return start
+
+
+def events(lines: Iterator[str]) -> Iterator[str]:
+    """The data of an event stream."""
+    for line in lines:
+        if line.startswith("data: "):
+            yield line.removeprefix("data: ")
+
+
+def test_sigterm_lets_running_requests_finish_and_refuses_new_ones(start: Any) -> None:
+    with (
+        start() as server,
+        httpx.stream(
+            "POST", f"{server.url}/v1/completions", json=STREAM | {"max_tokens": 200}, timeout=60
+        ) as response,
+    ):
+        received = events(response.iter_lines())
+        next(received)
+        server.process.send_signal(signal.SIGTERM)
+        refused = server.wait_for_status("/health/ready", 503)
+        assert refused.json()["error"]["code"] == "draining"
+        assert int(refused.headers["Retry-After"]) >= 1
+        late = server.post("/v1/completions", STREAM)
+        assert (late.status_code, late.json()["error"]["code"]) == (503, "draining")
+        rest = list(received)
+        assert rest[-1] == "[DONE]"
+        assert json.loads(rest[-2])["choices"][0]["finish_reason"] == "length"
+        assert server.process.wait(20) == 0
+
+
+def test_what_is_left_at_the_shutdown_limit_ends_with_an_error(start: Any) -> None:
+    with start("--shutdown-timeout", "0.2") as server:
+        body = STREAM | {"max_tokens": 250}
+        with httpx.stream("POST", f"{server.url}/v1/completions", json=body, timeout=60) as response:
+            received = events(response.iter_lines())
+            next(received)
+            server.engine.suspend()  # so that the request cannot end by itself
+            server.process.send_signal(signal.SIGTERM)
+            rest = list(received)
+        assert json.loads(rest[-2])["error"]["code"] == "draining"
+        assert rest[-1] == "[DONE]"
+        assert server.process.wait(20) == 0
+
+
+def test_a_second_signal_ends_it_at_once(start: Any) -> None:
+    with start() as server:
+        engine = server.engine
+        engine.suspend()
+        thread = subprocess.Popen(
+            [
+                sys.executable,
+                "-c",
+                f"import httpx; httpx.post({server.url + '/v1/completions'!r}, json={STREAM!r}, timeout=30)",
+            ],
+            stderr=subprocess.DEVNULL,
+        )
+        deadline = time.monotonic() + 10
+        while server.get("/load").json()["server_load"] == 0:
+            assert time.monotonic() < deadline
+        for _ in range(2):
+            server.process.send_signal(signal.SIGINT)
+            time.sleep(0.1)  # two signals at the same instant are one
+        assert server.process.wait(5) == 1
+        assert not engine.is_running() or engine.status() == "zombie"
+        thread.wait(10)
+
+
+def test_a_dead_engine_turns_health_red_and_ends_open_streams(start: Any) -> None:
+    with start() as server:
+        body = STREAM | {"max_tokens": 250}
+        with httpx.stream("POST", f"{server.url}/v1/completions", json=body, timeout=60) as response:
+            received = events(response.iter_lines())
+            next(received)
+            server.engine.kill()
+            rest = list(received)
+        assert rest[-1] == "[DONE]"
+        error = json.loads(rest[-2])["error"]
+        assert error["code"] == "engine_dead"
+        for path in ("/health", "/health/ready", "/health/live", "/ping"):
+            response = server.get(path)
+            assert (response.status_code, response.json()["error"]["code"]) == (503, "engine_dead"), path
+        late = server.post("/v1/completions", STREAM)
+        assert (late.status_code, late.json()["error"]["type"]) == (503, "service_unavailable_error")
+        assert server.get("/version").status_code == 200
+        assert server.get("/load").json() == {"server_load": 0}
+
+
+def test_a_stalled_engine_turns_health_red_until_it_moves_again(start: Any) -> None:
+    with start("--stall-limit", "0.5") as server:
+        engine = server.engine
+        engine.suspend()
+        try:
+            failed = server.post("/v1/completions", STREAM | {"stream": False})
+            assert (failed.status_code, failed.json()["error"]["code"]) == (503, "engine_stalled")
+            assert server.get("/health/live").status_code == 503
+        finally:
+            engine.resume()
+        server.wait_for_status("/health", 200)
+        assert server.post("/v1/completions", STREAM | {"stream": False, "max_tokens": 2}).status_code == 200
+
+
+def test_the_engine_ends_with_a_server_that_is_killed(start: Any) -> None:
+    with start() as server:
+        engine = server.engine
+        server.process.kill()
+        engine.wait(10)
+
+
+def test_a_full_queue_refuses_with_429_and_retry_after(start: Any) -> None:
+    with start("--max-num-queued-reqs", "1") as server:
+        server.engine.suspend()
+        command = f"import httpx; httpx.post({server.url + '/v1/completions'!r}, json={STREAM!r}, timeout=30)"
+        clients = [
+            subprocess.Popen([sys.executable, "-c", command], stderr=subprocess.DEVNULL) for _ in range(3)
+        ]
+        deadline = time.monotonic() + 20
+        while server.get("/load").json()["server_load"] < 3:
+            assert time.monotonic() < deadline
+        refused = server.post("/v1/completions", STREAM)
+        assert (refused.status_code, refused.json()["error"]["code"]) == (429, "queue_full")
+        assert int(refused.headers["Retry-After"]) >= 1
+        server.engine.resume()
+        for client in clients:
+            assert client.wait(30) == 0
+        server.wait_until_idle()
+
+
+def test_health_is_503_while_the_model_loads(start: Any) -> None:
+    with start(ready=False) as server:
+        early = server.wait_for_status("/health", 503)
+        assert early.json()["error"]["code"] == "starting"
+        assert server.get("/health/live").status_code == 200
+        assert server.get("/v1/models").status_code == 503
+        server.wait_for_status("/health", 200, 60)
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (["--max-model-len", "100000"], "--max-model-len"),
+        (["--kv-cache-memory-bytes", "1000"], "KV cache"),
+        (["--tokenizer", "/nowhere"], "/nowhere"),
+        (["--model", "/nowhere"], "/nowhere"),
+        (["--chat-template", "{% if %}"], "--chat-template"),
+        (["--no-such-flag"], "--no-such-flag"),
+        (["--port", "many"], "--port"),
+        (["--dtype", "int3"], "--dtype"),
+        (["--tensor-parallel-size", "2"], "--tensor-parallel-size"),
+    ],
+    ids=str,
+)
+def test_a_wrong_model_or_flag_ends_with_status_2_and_one_line(
+    flags: list[str], more: list[str], said: str
+) -> None:
+    command = [sys.executable, "-m", "jaxserve.api", "--port", "0", *flags, *more]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert result.returncode == 2
+    lines = [line for line in result.stderr.splitlines() if not line.startswith("20")]  # but for the log
+    assert len(lines) == 1, result.stderr
+    assert said in lines[0]
+
+
+def test_keys_guard_every_route_but_the_probes(start: Any) -> None:
+    with start("--api-key", "first", JAXSERVE_API_KEY="second,third") as server:
+        for path in ("/health", "/health/live", "/health/ready", "/ping", "/version"):
+            assert server.get(path).status_code == 200, path
+        for path in ("/v1/models", "/metrics", "/load", "/nope", "//v1/models", "/v1/../health", "/tokenize"):
+            refused = server.get(path)
+            assert (refused.status_code, refused.json()["error"]["code"]) == (401, "invalid_api_key"), path
+            assert refused.headers["WWW-Authenticate"] == "Bearer"
+        for key in ("first", "second", "third"):
+            assert server.get("/v1/models", headers={"Authorization": f"bearer {key}"}).status_code == 200
+        assert server.get("/v1/models", headers={"Authorization": "Bearer fourth"}).status_code == 401
+        assert b"second" not in b"".join(v.encode() for v in server.engine.environ().values())
+        for secret in ("first", "second", "third"):
+            assert secret not in server.log.read_text()
+
+
+def test_a_server_is_one_api_process_without_jax_and_one_engine(start: Any) -> None:
+    with start() as server:
+        maps = Path(f"/proc/{server.process.pid}/maps").read_text()
+        assert "jaxlib" not in maps
+        assert "jaxlib" in Path(f"/proc/{server.engine.pid}/maps").read_text()
