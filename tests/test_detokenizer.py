@@ -219,7 +219,7 @@ def stop_lists(draw: st.DrawFn, text: str) -> list[str]:
     return strings
 
 
-@settings(max_examples=6000, deadline=None)
+@settings(max_examples=500, deadline=None)
 @given(data=st.data(), family=st.sampled_from(MONOTONE), numbers=seeds, sizes=cuts, include=st.booleans())
 def test_stop_strings_cut_as_the_plain_rules_say(
     data: st.DataObject, family: str, numbers: list[int], sizes: list[int], include: bool
