@@ -7,22 +7,38 @@ transformers costs a second at every start.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import jinja2
+import jinja2.exceptions
 import jinja2.ext
 import jinja2.nodes
 import jinja2.parser
 import jinja2.sandbox
+import jinja2.utils
 
 from jaxserve.errors import ConfigError, RequestError
 from jaxserve.tokenizer import Tokenizer
 
 MAX_ERROR_CHARS = 300
 Message = Mapping[str, Any]
+
+# what a template can raise while it runs; MemoryError is left to end the request as a failure of the server
+TEMPLATE_FAULTS = (
+    jinja2.TemplateError,
+    TypeError,
+    ValueError,
+    ArithmeticError,
+    LookupError,
+    AttributeError,
+    RuntimeError,  # RecursionError, too
+)
+# put behind the last message's text to find its end in what the template makes of it
+OPEN_END = "CONTINUE_FINAL_MESSAGE_TAG "
 
 
 class ChatTemplate:
@@ -38,12 +54,15 @@ class ChatTemplate:
     def __init__(self, source: str, special_tokens: Mapping[str, str]) -> None:
         self.source = source
         self._special_tokens = dict(special_tokens)
-        self._template = _environment().from_string(source)
+        environment = _environment()
+        self._template = environment.from_string(source)
+        constants = environment.parse(source).find_all(jinja2.nodes.Const)
+        self._names_developer = any(constant.value == "developer" for constant in constants)
 
     @property
-    def knows_developer(self) -> bool:
+    def names_developer(self) -> bool:
         """Whether the template itself says what to do with the role `developer`."""
-        return "developer" in self.source
+        return self._names_developer
 
     def render(
         self,
@@ -64,25 +83,20 @@ class ChatTemplate:
         Raises:
             RequestError: the template refuses the conversation or fails (code `invalid_template`).
         """
+        shown = [*messages[:-1], _with_open_end(messages[-1])] if continue_final_message else messages
         variables = {
             **self._special_tokens,
             **kwargs,
-            "messages": messages,
+            "messages": shown,
             "tools": tools,
             "documents": documents,
+            "add_generation_prompt": add_generation_prompt,
         }
         try:
-            text = self._template.render(**variables, add_generation_prompt=add_generation_prompt)
-        except (
-            jinja2.TemplateError,
-            TypeError,
-            ValueError,
-            ArithmeticError,
-            LookupError,
-            AttributeError,
-        ) as error:
+            text = self._template.render(variables)
+        except TEMPLATE_FAULTS as error:
             raise _failed(str(error) or type(error).__name__) from error
-        return _open_last_message(text, messages[-1]) if continue_final_message else text
+        return _cut_at_open_end(text, messages[-1]["content"]) if continue_final_message else text
 
 
 def load_chat_template(argument: str | None, tokenizer: Tokenizer) -> ChatTemplate | None:
@@ -100,7 +114,8 @@ def load_chat_template(argument: str | None, tokenizer: Tokenizer) -> ChatTempla
         return ChatTemplate(source, tokenizer.special_tokens)
     except jinja2.TemplateSyntaxError as error:
         where = "--chat-template" if argument is not None else "The model's chat template"
-        raise ConfigError(f"{where} is no Jinja template: line {error.lineno}: {error.message}.") from error
+        reason = f"line {error.lineno}: {error.message}"
+        raise ConfigError(f"{where} is no Jinja template: {reason[:MAX_ERROR_CHARS]}.") from error
 
 
 def _read_argument(argument: str) -> str:
@@ -121,19 +136,21 @@ def _read_argument(argument: str) -> str:
 def normalize_messages(messages: Sequence[Message], template: ChatTemplate) -> list[dict[str, Any]]:
     """OpenAI's messages as templates expect them: text parts joined by line breaks, `developer` as `system`
     unless the template names it, the arguments of tool calls as objects where they are JSON."""
-    normalized = []
-    for message in messages:
-        copy = dict(message)
-        if copy.get("role") == "developer" and not template.knows_developer:
-            copy["role"] = "system"
-        content = copy.get("content")
-        if isinstance(content, list):
-            copy["content"] = "\n".join(part[part["type"]] for part in content)
-        elif content is None:
-            copy["content"] = ""
-        if copy.get("tool_calls"):
-            copy["tool_calls"] = [_parsed_call(call) for call in copy["tool_calls"]]
-        normalized.append(copy)
+    return [_normalized(message, template) for message in messages]
+
+
+def _normalized(message: Message, template: ChatTemplate) -> dict[str, Any]:
+    # many templates ask whether a key is there, not what it is: null and none are one
+    normalized = {key: value for key, value in message.items() if value is not None}
+    if normalized.get("role") == "developer" and not template.names_developer:
+        normalized["role"] = "system"
+    content = normalized.get("content", "")
+    if not isinstance(content, str):
+        content = "\n".join(str(part[part["type"]]) for part in content)
+    normalized["content"] = content
+    calls = normalized.pop("tool_calls", None)
+    if calls:
+        normalized["tool_calls"] = [_parsed_call(call) for call in calls]
     return normalized
 
 
@@ -149,19 +166,23 @@ def _parsed_call(call: Mapping[str, Any]) -> dict[str, Any]:
     return {**call, "function": function}
 
 
-def _open_last_message(text: str, last: Message) -> str:
-    """Cut what the template put behind the last message's text."""
-    content = str(last.get("content") or "")
-    core = content.strip()
-    if not core or core not in text:
-        raise _failed("continue_final_message needs a last message whose text the template shows as it is")
-    start = text.rindex(core)
-    with_space = content.lstrip()
-    end = start + (len(with_space) if text.startswith(with_space, start) else len(core))
-    return text[:end]
+def _with_open_end(message: Message) -> dict[str, Any]:
+    content = message.get("content")
+    if not isinstance(content, str):
+        raise _failed("continue_final_message needs a last message with text")
+    return {**message, "content": content + OPEN_END}
+
+
+def _cut_at_open_end(text: str, content: str) -> str:
+    """Cut what the template put behind the last message's text, and the space there if it trimmed it."""
+    end = text.rfind(OPEN_END.strip())
+    if end < 0 or content.strip() not in text:
+        raise _failed("continue_final_message needs a template that shows the last message as it is")
+    return text[:end] if text.startswith(OPEN_END, end) else text[:end].rstrip()
 
 
 def _failed(reason: str) -> RequestError:
+    reason = re.sub(r" at 0x[0-9a-fA-F]+", "", reason)  # where an object is, is nobody's business
     shown = reason if len(reason) <= MAX_ERROR_CHARS else reason[: MAX_ERROR_CHARS - 1] + "…"
     return RequestError(f"The chat template failed: {shown}", param="messages", code="invalid_template")
 
@@ -171,9 +192,36 @@ class _GenerationTag(jinja2.ext.Extension):
 
     tags = {"generation"}  # noqa: RUF012 - as the base class has it
 
-    def parse(self, parser: jinja2.parser.Parser) -> list[jinja2.nodes.Node]:
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+    def parse(self, parser: jinja2.parser.Parser) -> jinja2.nodes.Node:
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        # a block with a scope of its own, as in transformers: what it sets does not leave it
+        return jinja2.nodes.CallBlock(self.call_method("_body"), [], [], body).set_lineno(line)
+
+    def _body(self, caller: Callable[[], str]) -> str:
+        return caller()
+
+
+class _Namespace(jinja2.utils.Namespace):
+    """A namespace that stores no names of Python's own."""
+
+    def __init__(*args: Any, **kwargs: Any) -> None:  # without `self`, which may be a key
+        namespace, *values = args
+        attributes = dict(*values, **kwargs)
+        for name in attributes:
+            _check_public(name)
+        jinja2.utils.Namespace.__init__(namespace, attributes)
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        _check_public(name)
+        super().__setitem__(name, value)
+
+
+def _check_public(name: object) -> None:
+    if str(name).startswith("_"):
+        raise jinja2.exceptions.SecurityError(
+            f"a namespace cannot store {name!r}: the name begins with an underscore"
+        )
 
 
 def _environment() -> jinja2.sandbox.ImmutableSandboxedEnvironment:
@@ -183,6 +231,7 @@ def _environment() -> jinja2.sandbox.ImmutableSandboxedEnvironment:
     environment.filters["tojson"] = _tojson
     environment.globals["raise_exception"] = _raise_exception
     environment.globals["strftime_now"] = _strftime_now
+    environment.globals["namespace"] = _Namespace
     return environment
 
 

@@ -3,22 +3,31 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from jaxserve.errors import ConfigError, ModelLoadError
 from jaxserve.tokenizer import Tokenizer
 
 FILE = "generation_config.json"
-# inclusive bounds; Hugging Face's own neutral values (top_k 50, temperature 1 …) are values like any other
-BOUNDS: dict[str, tuple[float, float]] = {
-    "temperature": (0.0, 2.0),
-    "top_p": (1e-9, 1.0),
-    "top_k": (-1, 1 << 31),
-    "min_p": (0.0, 1.0),
-    "repetition_penalty": (1e-9, 1e9),
+MAX_INT = (1 << 31) - 1
+
+
+class Allowed(NamedTuple):
+    """Numbers that a key can have. Hugging Face's own neutral values (top_k 50 …) are values like any other."""
+
+    words: str
+    test: Callable[[float], bool]
+
+
+ALLOWED: dict[str, Allowed] = {
+    "temperature": Allowed("between 0 and 2", lambda x: 0 <= x <= 2),
+    "top_p": Allowed("greater than 0 and at most 1", lambda x: 0 < x <= 1),
+    "top_k": Allowed("a whole number, -1 or 0 (off) or positive", lambda x: -1 <= x <= MAX_INT and x == int(x)),
+    "min_p": Allowed("between 0 and 1", lambda x: 0 <= x <= 1),
+    "repetition_penalty": Allowed("greater than 0", lambda x: x > 0),
 }
 
 
@@ -52,32 +61,44 @@ def load_generation_defaults(
         ConfigError: a value or key that cannot be; it is named.
         ModelLoadError: the file cannot be read.
     """
-    folder = path if generation_config in ("auto", "none") else Path(generation_config)
-    if generation_config not in ("auto", "none") and not (folder / FILE).exists():
-        raise ConfigError(f"--generation-config: {folder / FILE} is missing.")
-    stored = _read(folder / FILE)
-    unknown = set(override) - set(BOUNDS)
+    is_folder = generation_config not in ("auto", "none")
+    file = (Path(generation_config) if is_folder else path) / FILE
+    if is_folder and not file.is_file():
+        raise ConfigError(f"--generation-config: {file} is missing.")
+    stored = _read(file)
+    unknown = sorted(set(override) - set(ALLOWED))
     if unknown:
-        raise ConfigError(
-            f"--override-generation-config: {min(unknown)!r} is not known; these are: {', '.join(BOUNDS)}."
-        )
-    sampled = {} if generation_config == "none" else {k: v for k, v in stored.items() if k in BOUNDS}
-    if stored.get("do_sample") is False:
-        sampled = {}  # the author's values are for greedy decoding, where they mean nothing
-    values = {k: _checked(k, v) for k, v in {**sampled, **override}.items() if v is not None}
+        known = ", ".join(ALLOWED)
+        raise ConfigError(f"--override-generation-config: {unknown[0]!r} is not known; these are: {known}.")
+    values: dict[str, float | None] = {}
+    if generation_config != "none":
+        values = {key: _checked(str(file), key, stored.get(key)) for key in ALLOWED}
+    values |= {key: _checked("--override-generation-config", key, value) for key, value in override.items()}
     top_k = values.pop("top_k", None)
-    ends = stored.get("eos_token_id", [])
-    ends = [ends] if isinstance(ends, int) else ends
-    eos = dict.fromkeys([*tokenizer.eos_token_ids, *(i for i in ends or [] if isinstance(i, int))])
-    return GenerationDefaults(**values, top_k=None if top_k is None else int(top_k), eos_token_ids=tuple(eos))
+    ends = dict.fromkeys([*tokenizer.eos_token_ids, *_end_ids(file, stored.get("eos_token_id"))])
+    return GenerationDefaults(
+        **values, top_k=None if top_k is None else int(top_k), eos_token_ids=tuple(ends)
+    )
 
 
-def _checked(key: str, value: Any) -> float:
-    low, high = BOUNDS[key]
-    ok = isinstance(value, int | float) and not isinstance(value, bool) and low <= value <= high
-    if not ok or (key == "top_k" and value != int(value)):
-        raise ConfigError(f"{FILE}: {key} must be a number from {low:g} to {high:g}, got {value!r:.100}.")
+def _checked(source: str, key: str, value: Any) -> float | None:
+    if value is None:
+        return None
+    is_number = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e300
+    if not is_number or not ALLOWED[key].test(value):
+        raise ConfigError(f"{source}: {key} must be {ALLOWED[key].words}, got {str(value)[:100]!r}.")
     return float(value)
+
+
+def _end_ids(file: Path, value: Any) -> list[int]:
+    """`eos_token_id`: a token id, several, or none."""
+    ids = [] if value is None else value if isinstance(value, list) else [value]
+    for token_id in ids:
+        if isinstance(token_id, bool) or not isinstance(token_id, int) or not 0 <= token_id <= MAX_INT:
+            raise ConfigError(
+                f"{file}: eos_token_id must be a token id or a list of them, got {str(value)[:100]!r}."
+            )
+    return ids
 
 
 def _read(file: Path) -> dict[str, Any]:

@@ -14,7 +14,6 @@ from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers
 
 from jaxserve.errors import ModelLoadError
 from jaxserve.models.loader.gguf import read_gguf_metadata
-from jaxserve.tokenizer import surround
 
 METASPACE = "▁"
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED = 1, 2, 3, 4  # members of tokenizer.ggml.token_type
@@ -84,13 +83,27 @@ def read_gguf_tokenizer(path: Path) -> GGUFTokenizer:
             special[role] = tokens[token_id]
     bos = metadata.get("tokenizer.ggml.add_bos_token", kind == "llama" or pre in LLAMA3_LIKE)
     eos = metadata.get("tokenizer.ggml.add_eos_token", False)
-    backend.post_processor = surround(
+    backend.post_processor = _surround(
         backend, special.get("bos_token") if bos else None, special.get("eos_token") if eos else None
     )
     # the ends of a turn and of a tool call, which a Hugging Face model names in generation_config.json
     ends = [_token_id(metadata, key, len(tokens)) for key in ("eot", "eom")]
     template = metadata.get("tokenizer.chat_template")
     return GGUFTokenizer(backend, special, template, [end for end in ends if end is not None])
+
+
+def _surround(
+    backend: tokenizers.Tokenizer, bos: str | None, eos: str | None
+) -> tokenizers.processors.TemplateProcessing:
+    """What puts `bos` before a text and `eos` behind it where special tokens are asked for."""
+    known = [token for token in (bos, eos) if token is not None and backend.token_to_id(token) is not None]
+    before = [token for token in known if token == bos][:1]
+    behind = [token for token in known if token == eos][:1]
+    return tokenizers.processors.TemplateProcessing(
+        single=[*before, "$A", *behind],
+        pair=[*before, "$A", *behind, *before, "$B", *behind],
+        special_tokens=[(token, backend.token_to_id(token)) for token in dict.fromkeys(known)],
+    )
 
 
 def _token_id(metadata: dict[str, Any], key: str, num_tokens: int) -> int | None:

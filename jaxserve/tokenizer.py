@@ -193,10 +193,6 @@ def _from_directory(directory: Path) -> Tokenizer:
     others = named.get("additional_special_tokens") or named.get("extra_special_tokens") or []
     texts = [*special.values(), *(_token_text(token) for token in others if isinstance(others, list))]
     backend.add_special_tokens([t for t in texts if t is not None and backend.token_to_id(t) is not None])
-    if "add_bos_token" in config or "add_eos_token" in config:
-        bos = special.get("bos_token") if config.get("add_bos_token") else None
-        eos = special.get("eos_token") if config.get("add_eos_token") else None
-        backend.post_processor = surround(backend, bos, eos)
     template_file = directory / "chat_template.jinja"
     template = _read_text(template_file) if template_file.exists() else config.get("chat_template")
     return Tokenizer(backend, special, _default_template(template))
@@ -214,20 +210,6 @@ def _converted(directory: Path) -> Tokenizer:
         ) from error
     special = {role: str(text) for role, text in loaded.special_tokens_map.items() if isinstance(text, str)}
     return Tokenizer(loaded.backend_tokenizer, special, _default_template(loaded.chat_template))
-
-
-def surround(
-    backend: tokenizers.Tokenizer, bos: str | None, eos: str | None
-) -> tokenizers.processors.TemplateProcessing:
-    """What puts `bos` before a text and `eos` behind it where special tokens are asked for."""
-    known = [token for token in (bos, eos) if token is not None and backend.token_to_id(token) is not None]
-    before = [token for token in known if token == bos][:1]
-    behind = [token for token in known if token == eos][:1]
-    return tokenizers.processors.TemplateProcessing(
-        single=[*before, "$A", *behind],
-        pair=[*before, "$A", *behind, *before, "$B", *behind],
-        special_tokens=[(token, backend.token_to_id(token)) for token in dict.fromkeys(known)],
-    )
 
 
 def _token_text(token: Any) -> str | None:
