@@ -25,7 +25,9 @@ class Allowed(NamedTuple):
 ALLOWED: dict[str, Allowed] = {
     "temperature": Allowed("between 0 and 2", lambda x: 0 <= x <= 2),
     "top_p": Allowed("greater than 0 and at most 1", lambda x: 0 < x <= 1),
-    "top_k": Allowed("a whole number, -1 or 0 (off) or positive", lambda x: -1 <= x <= MAX_INT and x == int(x)),
+    "top_k": Allowed(
+        "a whole number, -1 or 0 (off) or positive", lambda x: -1 <= x <= MAX_INT and x == int(x)
+    ),
     "min_p": Allowed("between 0 and 1", lambda x: 0 <= x <= 1),
     "repetition_penalty": Allowed("greater than 0", lambda x: x > 0),
 }
