@@ -372,6 +372,25 @@ def test_pre_tokenizers_split_as_transformers_do(name: str) -> None:
     assert ours == theirs
 
 
+@pytest.mark.parametrize(
+    ("pre", "pieces"),
+    [
+        ("smollm", ["x", "\n\n", "1", "2", "³", ".", "\n ", "4", " it"]),
+        ("default", ["x", "\n", "\n", "12³", ".", "\n", " 4", " it"]),
+    ],
+)
+def test_digits_are_cut_off_before_white_space_is_split_where_the_pre_tokenizer_says_so(
+    tmp_path: Path, pre: str, pieces: list[str]
+) -> None:
+    # llama.cpp's smollm applies \p{N} first and GPT-2's expression to what is left, as the tokenizer.json that
+    # the models were published with; so line breaks before a number are one piece
+    backend = load_tokenizer(write_gguf(tmp_path / "m.gguf", "byte level", "gpt2", ggml__pre=pre))._backend
+    assert backend.pre_tokenizer is not None
+    text = "x\n\n12³.\n 4 it"
+    found = [text[start:end] for _, (start, end) in backend.pre_tokenizer.pre_tokenize_str(text)]
+    assert found == pieces
+
+
 # --- The demo model -----------------------------------------------------------------------------------------
 
 
