@@ -120,6 +120,35 @@ def test_a_value_that_cannot_be_is_named_with_its_source(
     assert load_generation_defaults(model, "none", {}, tokenizer) == GenerationDefaults(eos_token_ids=(EOS,))
 
 
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("temperature", 0),
+        ("temperature", 2),
+        ("top_p", 1),
+        ("top_k", -1),
+        ("top_k", 0),
+        ("top_k", 50.0),
+        ("min_p", 0),
+        ("min_p", 1),
+        ("repetition_penalty", 0.01),
+    ],
+)
+def test_values_at_the_borders_are_taken(
+    tmp_path: Path, tokenizer: Tokenizer, key: str, value: float
+) -> None:
+    found = load_generation_defaults(write(tmp_path, {key: value}), "auto", {}, tokenizer)
+    assert getattr(found, key) == value
+
+
+@pytest.mark.parametrize(("stored", "ends"), [(5, (EOS, 5)), (None, (EOS,)), ([], (EOS,)), ([EOS], (EOS,))])
+def test_the_ends_are_one_id_or_several_or_none(
+    tmp_path: Path, tokenizer: Tokenizer, stored: object, ends: tuple[int, ...]
+) -> None:
+    model = write(tmp_path, {"eos_token_id": stored})
+    assert load_generation_defaults(model, "auto", {}, tokenizer).eos_token_ids == ends
+
+
 @pytest.mark.parametrize("value", [-1, "2", True, [1, None], 1.5, 2**31, {}])
 def test_an_end_that_is_no_token_id_is_refused(tmp_path: Path, tokenizer: Tokenizer, value: object) -> None:
     model = write(tmp_path, {"eos_token_id": value})
@@ -141,6 +170,12 @@ def test_a_folder_without_the_file_is_refused(tmp_path: Path, tokenizer: Tokeniz
 def test_a_broken_file_is_one_line_that_names_it(tmp_path: Path, tokenizer: Tokenizer, text: str) -> None:
     (tmp_path / "generation_config.json").write_text(text)
     with pytest.raises(ModelLoadError, match=r"generation_config.json (cannot be read|is no JSON object)"):
+        load_generation_defaults(tmp_path, "auto", {}, tokenizer)
+
+
+def test_a_file_that_is_no_text_is_one_line_that_names_it(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    (tmp_path / "generation_config.json").write_bytes(b"\xff\xfe{}")
+    with pytest.raises(ModelLoadError, match=r"generation_config\.json cannot be read"):
         load_generation_defaults(tmp_path, "auto", {}, tokenizer)
 
 
