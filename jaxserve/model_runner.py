@@ -46,7 +46,7 @@ class PlatformDefaults(NamedTuple):
 
 
 # a lone sequence is worth a program of its own on a CPU, where every row costs
-PLATFORM_DEFAULTS = {"cpu": PlatformDefaults(64, 512, 16, (1, 8))}
+PLATFORM_DEFAULTS = {"cpu": PlatformDefaults(64, 256, 16, (1, 8))}
 ACCELERATOR_DEFAULTS = PlatformDefaults(256, 2048, 32, (16,))
 
 
