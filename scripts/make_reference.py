@@ -52,9 +52,9 @@ GREEDY_PROMPTS = [
     "She opened the door and",
     "Photosynthesis is the process by which",
 ]
+QUESTIONS = ("Hi", "What is the capital of France?", "日本の首都は?", "  spaces  ", "line\nbreaks\n\n")
 CONVERSATIONS: list[list[dict[str, str]]] = [
-    [{"role": "user", "content": text}]
-    for text in ("Hi", "What is the capital of France?", "日本の首都は?", "  spaces  ", "line\nbreaks\n\n", "12345 6.78e9", "🎉" * 5)
+    [{"role": "user", "content": text}] for text in (*QUESTIONS, "12345 6.78e9", "🎉" * 5)
 ] + [
     [{"role": "system", "content": "Be brief."}, {"role": "user", "content": f"Question {i}?"}] for i in range(7)
 ] + [
