@@ -269,12 +269,9 @@ class _PieceDecoder:
 
     def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool, spaces: bool) -> None:
         self._tokenizer = tokenizer
-        self._skip = skip_special_tokens
-        self._spaces = spaces
         self._skipped = tokenizer.special_token_ids if skip_special_tokens else frozenset()
         self._apart = frozenset() if skip_special_tokens or spaces else tokenizer.special_token_ids
         self._last: int | None = None
-        self._start: list[int] = []  # the first tokens, while they have no text together
         self._started = False
         self._run: list[int] = []
 
@@ -302,9 +299,7 @@ class _PieceDecoder:
         text = self.finish()
         if last in self._apart and token_id in self._apart:
             return text + self._tokenizer.decode([token_id], skip_special_tokens=False)
-        if self._started:
-            return text + self._tokenizer.text_behind(token_id)
-        return text + self._take([token_id])
+        return text + (self._tokenizer.text_behind(token_id) if self._started else self._take([token_id]))
 
     def finish(self) -> str:
         if not self._run:
@@ -314,19 +309,13 @@ class _PieceDecoder:
 
     def _take(self, ids: list[int]) -> str:
         text = self._text(ids)
-        if not self._started:
-            self._start += ids
-            self._started = bool(text)
+        self._started = True
         return text
 
     def _text(self, ids: list[int]) -> str:
         if self._started:
             return self._tokenizer.run_behind(ids)
-        return self._tokenizer.decode(
-            self._start + ids,
-            skip_special_tokens=self._skip,
-            spaces_between_special_tokens=self._spaces,
-        )
+        return self._tokenizer.decode(ids, skip_special_tokens=False)
 
 
 class _WholeDecoder:

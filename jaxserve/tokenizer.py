@@ -266,10 +266,10 @@ def _decoding(steps: list[dict[str, Any]]) -> Decoding:
         return Decoding.BYTES
     fused = kinds.index("Fuse") if "Fuse" in kinds else len(kinds)
     token_by_token = set(kinds[:fused]) <= {"Metaspace", "WordPiece", "Replace", "ByteFallback", "Strip"}
-    # what acts on the whole text may only act on its beginning
-    behind = steps[fused + 1 :]
-    at_the_start = all(s["type"] == "Fuse" or (s["type"] == "Strip" and not s["stop"]) for s in behind)
-    return Decoding.PIECES if token_by_token and at_the_start else Decoding.WHOLE
+    # what acts on the whole text may only act on its beginning, and there within the first token
+    behind = [step for step in steps[fused + 1 :] if step["type"] != "Fuse"]
+    at_the_start = all(s["type"] == "Strip" and s["start"] <= 1 and not s["stop"] for s in behind)
+    return Decoding.PIECES if token_by_token and at_the_start and len(behind) <= 1 else Decoding.WHOLE
 
 
 def _has_byte_fallback(steps: list[dict[str, Any]]) -> bool:

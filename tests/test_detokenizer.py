@@ -14,7 +14,7 @@ from jaxserve.detokenizer import Detokenizer
 from jaxserve.tokenizer import Decoding, Tokenizer
 from tests.tiny_tokenizers import FAMILIES, SPECIAL, backend_of, tokenizer_of
 
-MONOTONE = [family for family in FAMILIES if family != "suffixed"]
+USUAL = ["byte level", "SentencePiece", "Unigram", "WordPiece"]
 PADDING = 3  # ids beyond the vocabulary, as padded models have them
 
 families = st.sampled_from(sorted(FAMILIES))
@@ -88,7 +88,7 @@ def test_joined_pieces_equal_decode_without_spaces_between_special_tokens(
     assert answer.text == tokenizer.decode(ids, **flags)
 
 
-@pytest.mark.parametrize("family", MONOTONE)
+@pytest.mark.parametrize("family", USUAL)
 def test_ordinary_text_is_shown_without_delay(family: str) -> None:
     tokenizer = tokenizer_of(family)
     ids = tokenizer.encode("the dog isn't lazy", add_special_tokens=False)
@@ -125,6 +125,16 @@ def test_a_run_of_byte_tokens_is_text_when_it_ends_as_for_the_librarys_decoder()
     assert broken.push(the).text == backend_of("SentencePiece").decode(fox[:3] + the) == "\ufffd" * 3 + " the"
 
 
+@pytest.mark.parametrize("silent", ["special", "unknown"])
+def test_a_token_without_text_does_not_end_a_run_of_byte_tokens(silent: str) -> None:
+    tokenizer = tokenizer_of("SentencePiece")
+    first, second = (tokenizer_id(tokenizer, name) for name in ("<0xC3>", "<0xA9>"))
+    between = tokenizer_id(tokenizer, "</s>") if silent == "special" else tokenizer.vocab_size + 1
+    ids = [first, between, second]
+    assert run(Detokenizer(tokenizer), chunks_of(ids, [1]))[1].text == "é"
+    assert backend_of("SentencePiece").decode(ids, skip_special_tokens=True) == "é"
+
+
 def tokenizer_id(tokenizer: Tokenizer, token: str) -> int:
     (found,) = [i for i in range(tokenizer.vocab_size) if tokenizer._backend.id_to_token(i) == token]
     return found
@@ -137,6 +147,7 @@ def test_the_families_are_decoded_by_the_rule_that_is_exact_for_them() -> None:
         "Unigram": Decoding.PIECES,
         "WordPiece": Decoding.PIECES,
         "suffixed": Decoding.WHOLE,
+        "replaced": Decoding.WHOLE,
     }
 
 
@@ -220,7 +231,7 @@ def stop_lists(draw: st.DrawFn, text: str) -> list[str]:
 
 
 @settings(max_examples=500, deadline=None)
-@given(data=st.data(), family=st.sampled_from(MONOTONE), numbers=seeds, sizes=cuts, include=st.booleans())
+@given(data=st.data(), family=st.sampled_from(USUAL), numbers=seeds, sizes=cuts, include=st.booleans())
 def test_stop_strings_cut_as_the_plain_rules_say(
     data: st.DataObject, family: str, numbers: list[int], sizes: list[int], include: bool
 ) -> None:
@@ -326,7 +337,7 @@ def test_stop_strings_are_not_looked_for_in_text_from_before_min_tokens(
     assert run(detokenizer, letters("aXYbXY"))[1] == want
 
 
-@pytest.mark.parametrize("family", ["byte level", "SentencePiece", "Unigram", "WordPiece"])
+@pytest.mark.parametrize("family", USUAL)
 def test_a_token_costs_microseconds(family: str) -> None:
     tokenizer = tokenizer_of(family)
     ids = [i for i in range(tokenizer.vocab_size) if i not in tokenizer.byte_token_ids] * 40

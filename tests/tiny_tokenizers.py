@@ -92,12 +92,20 @@ def _suffixed() -> tokenizers.Tokenizer:
     return backend
 
 
+def _replaced() -> tokenizers.Tokenizer:
+    """Byte level, with something done to the text afterwards."""
+    backend = _byte_level()
+    backend.decoder = decoders.Sequence([decoders.ByteLevel(), decoders.Replace("q", "Q")])
+    return backend
+
+
 FAMILIES: dict[str, Callable[[], tokenizers.Tokenizer]] = {
     "byte level": _byte_level,
     "SentencePiece": _sentencepiece,
     "Unigram": _unigram,
     "WordPiece": _wordpiece,
     "suffixed": _suffixed,
+    "replaced": _replaced,
 }
 
 
