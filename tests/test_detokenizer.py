@@ -62,7 +62,7 @@ def run(detokenizer: Detokenizer, chunks: list[list[int]]) -> tuple[list[str], A
 # --- Text ---------------------------------------------------------------------------------------------------
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=300, deadline=None)
 @given(family=families, numbers=seeds, sizes=cuts, skip=st.booleans())
 def test_joined_pieces_equal_the_librarys_decoding_of_everything(
     family: str, numbers: list[int], sizes: list[int], skip: bool
@@ -76,7 +76,7 @@ def test_joined_pieces_equal_the_librarys_decoding_of_everything(
         assert whole.startswith("".join(shown[:end]))
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(family=families, numbers=seeds)
 def test_joined_pieces_equal_decode_without_spaces_between_special_tokens(
     family: str, numbers: list[int]
@@ -207,12 +207,14 @@ def is_broken(data: bytes) -> bool:
 
 
 def is_prefix_of_a_character(tail: bytes) -> bool:
-    """Whether some continuation bytes make a character of it."""
+    """Whether some continuation bytes make a character of it (or a surrogate: Python waits for its end, too)."""
     for filler in (b"\x80", b"\x90", b"\xa0", b"\xbf"):
         for more in range(1, 4):
-            candidate = tail + filler * more
-            if not is_broken(candidate) and len(candidate.decode()) == 1:
-                return True
+            try:
+                if len((tail + filler * more).decode("utf-8", "surrogatepass")) == 1:
+                    return True
+            except UnicodeDecodeError:
+                continue
     return False
 
 
@@ -230,7 +232,7 @@ def stop_lists(draw: st.DrawFn, text: str) -> list[str]:
     return strings
 
 
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=300, deadline=None)
 @given(data=st.data(), family=st.sampled_from(USUAL), numbers=seeds, sizes=cuts, include=st.booleans())
 def test_stop_strings_cut_as_the_plain_rules_say(
     data: st.DataObject, family: str, numbers: list[int], sizes: list[int], include: bool
