@@ -14,7 +14,7 @@ from jaxserve.api.cli import parse_args
 from jaxserve.config import ServerConfig
 from jaxserve.errors import ConfigError
 
-POLL_S = 0.2
+POLL_S = 1.0  # each is a line in the log of a server that is still loading
 TIMEOUT_S = 5.0
 REACHED_AT = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # a server that listens everywhere
 
