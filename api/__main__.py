@@ -16,7 +16,7 @@ def cli() -> None:
 
 
 def run(arguments: list[str]) -> int:
-    """The exit status."""
+    """The exit status; everything that goes wrong on purpose is one line on stderr."""
     try:
         config = parse_args(arguments)
         logging.basicConfig(
@@ -31,9 +31,8 @@ def run(arguments: list[str]) -> int:
     except JaxserveError as error:
         print(f"jaxserve: {error}", file=sys.stderr)
         return 1
-    except OSError as error:
-        print(f"jaxserve: the server cannot start: {error}", file=sys.stderr)
-        return 1
+    except KeyboardInterrupt:  # before the server had begun to listen for signals
+        return 130
 
 
 if __name__ == "__main__":

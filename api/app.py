@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import re
 import secrets
 import time
+from dataclasses import dataclass
+from typing import Any
+from urllib.parse import urlsplit
 
-from quart import Quart, Response, g, request
+from quart import Quart, Response, g, request, websocket
+from quart.typing import ResponseTypes
 from werkzeug.exceptions import HTTPException, MethodNotAllowed, RequestEntityTooLarge, RequestTimeout
 
 from jaxserve.api import chat, completions, health, models, tokenization
 from jaxserve.api.auth import OPEN_ROUTES, Authenticator
 from jaxserve.api.context import EXTENSION, ServerContext
+from jaxserve.api.cors import add_cors_headers, is_preflight
 from jaxserve.api.errors import (
     ErrorBody,
     HttpError,
     error_body,
+    headers_too_large,
     internal_error,
     method_not_allowed,
     not_found,
@@ -25,19 +32,55 @@ from jaxserve.api.errors import (
     unauthorized,
     unavailable,
 )
-from jaxserve.config import ServerConfig
-from jaxserve.errors import JaxserveError
+from jaxserve.errors import JaxserveError, RequestFailedError
 
 logger = logging.getLogger("jaxserve.access")
 REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
+KNOWN_METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 WITHOUT_MODEL = OPEN_ROUTES | {"/load", "/metrics"}
+PROBES = OPEN_ROUTES | {"/metrics"}
 BODY_TIMEOUT_S = 60
+MAX_HEADER_BYTES = 16 << 10
+CLIENT_GONE = 499  # in logs and metrics: no response was sent, for there was nobody left to send it to
+
+
+class App(Quart):
+    """Quart, for request targets as they come from the wire."""
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] in ("http", "websocket"):
+            scope = {**scope, "path": _routed_path(scope["path"], scope.get("root_path", ""))}
+        await super().__call__(scope, receive, send)
+
+
+def _routed_path(path: str, root_path: str) -> str:
+    """The path under which Quart looks for a route.
+
+    A target may be absolute ("http://host/path") or no path at all ("*", "?query"). A proxy that shows this
+    server under `root_path` may cut that off or leave it; Quart wants it there.
+    """
+    if not path.startswith("/"):
+        path = urlsplit(path).path if "://" in path else f"/{path}"
+    if root_path and not path.startswith(f"{root_path}/"):
+        path = root_path + path
+    return path or "/"
+
+
+@dataclass
+class _Exchange:
+    """A request and its response, for metrics and the log."""
+
+    request_id: str
+    method: str
+    route: str
+    started: float
+    status: int = CLIENT_GONE
 
 
 def create_app(context: ServerContext) -> Quart:
     """The server's routes around one context."""
     config = context.config
-    app = Quart("jaxserve", static_folder=None)
+    app = App("jaxserve", static_folder=None)
     app.config.update(
         MAX_CONTENT_LENGTH=config.max_body_bytes, BODY_TIMEOUT=BODY_TIMEOUT_S, PROVIDE_AUTOMATIC_OPTIONS=False
     )
@@ -46,43 +89,64 @@ def create_app(context: ServerContext) -> Quart:
     for module in (chat, completions, models, tokenization, health):
         app.register_blueprint(module.blueprint)
     authenticator = Authenticator(config.api_keys)
-    in_flight = 0
+
+    def ended(exchange: _Exchange) -> None:
+        context.num_open_requests -= 1
+        seconds = time.monotonic() - exchange.started
+        context.metrics.observe_http(exchange.method, exchange.route, exchange.status, seconds)
+        status = "client gone" if exchange.status == CLIENT_GONE else str(exchange.status)
+        # probes come every few seconds for as long as the server lives
+        level = logging.DEBUG if exchange.route in PROBES and exchange.status < 400 else logging.INFO
+        logger.log(
+            level, "%s %s %s %s %.3f s", exchange.request_id, exchange.method, exchange.route, status, seconds
+        )
 
     @app.before_request
     async def admit() -> Response | None:
-        nonlocal in_flight
-        own = request.headers.get("X-Request-Id", "")
-        g.request_id = own if REQUEST_ID.fullmatch(own) else secrets.token_hex(16)
-        g.started = time.monotonic()
-        g.counted = True
-        in_flight += 1
-        if _is_preflight(config):
+        g.request_id = _request_id(request.headers.get("X-Request-Id", ""))
+        # werkzeug takes "//health" for "/health"; here each route has one spelling
+        path = request.scope["path"].removeprefix(config.root_path)
+        url_rule = None if path.startswith("//") else request.url_rule
+        rule = None if url_rule is None else url_rule.rule
+        method = request.method if request.method in KNOWN_METHODS else "other"
+        g.exchange = exchange = _Exchange(g.request_id, method, rule or "unmatched", time.monotonic())
+        context.num_open_requests += 1
+        task = asyncio.current_task()
+        assert task is not None, "requests are handled in tasks"
+        task.add_done_callback(lambda _: ended(exchange))  # a stream ends long after its handler
+        if is_preflight(config):
             return Response(status=204)
-        route = request.url_rule.rule if request.url_rule is not None else None
-        if not authenticator.allows(route, request.headers.get("Authorization")):
+        if not authenticator.allows(rule, request.headers.get("Authorization")):
             raise unauthorized()
-        if in_flight > config.max_connections:
-            raise unavailable("too_many_connections", "The server has too many connections open.")
-        if route is not None and route not in WITHOUT_MODEL:
+        if _header_bytes() > MAX_HEADER_BYTES:
+            raise headers_too_large(MAX_HEADER_BYTES)
+        if rule is None:
+            raise request.routing_exception or not_found(request.path)
+        if rule not in OPEN_ROUTES and context.is_crowded():
+            raise unavailable("too_many_connections", "The server has too many open connections.")
+        if rule not in WITHOUT_MODEL:
             context.check_serving()
         return None
 
     @app.after_request
     async def finish(response: Response) -> Response:
         response.headers["X-Request-Id"] = g.request_id
-        _add_cors_headers(response, config)
-        seconds = time.monotonic() - g.started
-        route = request.url_rule.rule if request.url_rule is not None else "unmatched"
-        method = request.method if request.method in KNOWN_METHODS else "other"
-        context.metrics.observe_http(method, route, response.status_code, seconds)
-        logger.info("%s %s %s %d %.3f s", g.request_id, method, route, response.status_code, seconds)
+        add_cors_headers(response, config)
+        g.exchange.status = response.status_code
         return response
 
-    @app.teardown_request
-    async def leave(_: BaseException | None) -> None:
-        nonlocal in_flight
-        if g.pop("counted", False):
-            in_flight -= 1
+    @app.before_websocket
+    async def refuse_websocket() -> None:
+        g.request_id = _request_id(websocket.headers.get("X-Request-Id", ""))
+        if not authenticator.allows(None, websocket.headers.get("Authorization")):
+            raise unauthorized()
+        raise not_found(websocket.path)  # there are no WebSocket routes
+
+    @app.after_websocket
+    async def finish_websocket(response: ResponseTypes | None) -> ResponseTypes | None:
+        if response is not None:
+            response.headers["X-Request-Id"] = g.request_id
+        return response
 
     @app.errorhandler(Exception)
     async def on_error(error: Exception) -> Response:
@@ -91,7 +155,7 @@ def create_app(context: ServerContext) -> Quart:
         )
         if not isinstance(error, HTTPException | HttpError | JaxserveError):
             logger.error("%s failed", g.request_id, exc_info=error)
-        elif body.status >= 500 and not isinstance(error, HttpError):
+        elif isinstance(error, RequestFailedError):
             logger.warning("%s %s", g.request_id, error)
         return Response(
             body.to_json(), status=body.status, content_type="application/json", headers=dict(body.headers)
@@ -100,7 +164,16 @@ def create_app(context: ServerContext) -> Quart:
     return app
 
 
-KNOWN_METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
+def _header_bytes() -> int:
+    """Of the header block as it came (HTTP/1.1); the HTTP parser itself bounds what it has not read whole."""
+    scope = request.scope
+    fields = sum(len(name) + len(value) + 4 for name, value in scope["headers"])
+    return len(scope["raw_path"]) + len(scope["query_string"]) + fields
+
+
+def _request_id(own: str) -> str:
+    """The client's, if it is fit for a header and a log."""
+    return own if REQUEST_ID.fullmatch(own) else secrets.token_hex(16)
 
 
 def _http_error_body(error: HTTPException) -> ErrorBody:
@@ -119,45 +192,3 @@ def _http_error_body(error: HTTPException) -> ErrorBody:
             status=error.code, type="invalid_request_error", code="invalid_value", message=f"{error.name}."
         )
     return internal_error(g.request_id)
-
-
-# --- CORS ---------------------------------------------------------------------------------------------------
-
-
-def _allowed_origin(config: ServerConfig) -> str | None:
-    """The value of Access-Control-Allow-Origin for this request, or None."""
-    origin = request.headers.get("Origin")
-    if origin is None or not config.allowed_origins:
-        return None
-    if "*" in config.allowed_origins:
-        return origin if config.allow_credentials else "*"
-    return origin if origin in config.allowed_origins else None
-
-
-def _is_preflight(config: ServerConfig) -> bool:
-    asks = request.method == "OPTIONS" and "Access-Control-Request-Method" in request.headers
-    return asks and _allowed_origin(config) is not None
-
-
-def _add_cors_headers(response: Response, config: ServerConfig) -> None:
-    origin = _allowed_origin(config)
-    if origin is None:
-        return
-    response.headers["Access-Control-Allow-Origin"] = origin
-    if origin != "*":
-        response.headers.add("Vary", "Origin")
-    if config.allow_credentials:
-        response.headers["Access-Control-Allow-Credentials"] = "true"
-    if _is_preflight(config):
-        asked_method = request.headers["Access-Control-Request-Method"]
-        asked_headers = request.headers.get("Access-Control-Request-Headers", "")
-        methods, headers = config.allowed_methods, config.allowed_headers
-        response.headers["Access-Control-Allow-Methods"] = (
-            asked_method if "*" in methods else ", ".join(methods)
-        )
-        response.headers["Access-Control-Allow-Headers"] = (
-            asked_headers if "*" in headers else ", ".join(headers)
-        )
-        response.headers["Access-Control-Max-Age"] = "600"
-    else:
-        response.headers["Access-Control-Expose-Headers"] = "X-Request-Id"

@@ -8,18 +8,21 @@ import os
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
+import msgspec
+
 import jaxserve
 from jaxserve.config import EngineConfig, ServerConfig
 from jaxserve.errors import ConfigError
 
 KEY_VARIABLE = "JAXSERVE_API_KEY"
+MAX_MESSAGE_CHARS = 500
 
 
 class _Parser(argparse.ArgumentParser):
     """Faults are one line and exit status 2, whoever finds them."""
 
     def error(self, message: str) -> NoReturn:
-        raise ConfigError(message)
+        raise ConfigError(message[:MAX_MESSAGE_CHARS])
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -109,6 +112,7 @@ NOT_YET = {
     "--tensor-parallel-size": ("1",),
     "--guided-decoding-backend": ("auto",),
 }
+LISTS = ("allowed_origins", "allowed_methods", "allowed_headers")
 RENAMED = {
     "gpu_memory_utilization": "memory_utilization",
     "request_timeout": "request_timeout_s",
@@ -133,15 +137,42 @@ def parse_args(arguments: Sequence[str]) -> ServerConfig:
         arguments = arguments[1:]
         if arguments and not arguments[0].startswith("-"):
             arguments = ["--model", *arguments]
+    from_variable = os.environ.pop(KEY_VARIABLE, "")
     given = {RENAMED.get(k, k): v for k, v in vars(make_parser().parse_args(arguments)).items()}
-    keys = [*given.pop("api_keys", []), *os.environ.pop(KEY_VARIABLE, "").split(",")]
-    given["api_keys"] = [key.strip() for key in keys if key.strip()]
+    for name in LISTS:
+        if name in given:
+            given[name] = _flattened(given[name])
+    given["api_keys"] = _api_keys(given.get("api_keys", []), from_variable)
     given = {k: tuple(v) if isinstance(v, list) else v for k, v in given.items()}
     for flag in (*NOT_YET, "--enable-auto-tool-choice", "--tool-call-parser", "--no-request-chat-template"):
         given.pop(_destination(flag), None)
     engine_fields = EngineConfig.__dataclass_fields__
     engine = EngineConfig(**{k: v for k, v in given.items() if k in engine_fields})
     return ServerConfig(engine=engine, **{k: v for k, v in given.items() if k not in engine_fields})
+
+
+def _api_keys(from_flags: list[str], from_variable: str) -> list[str]:
+    """All keys. An empty flag is a mistake (an unset shell variable) that would leave the server open."""
+    if not all(key.strip() for key in from_flags):
+        raise ConfigError("--api-key must not be empty.")
+    keys = [key.strip() for key in (*from_flags, *from_variable.split(",")) if key.strip()]
+    if any(len(key.split()) > 1 or not key.isprintable() for key in keys):
+        raise ConfigError("An API key must be printable and without spaces: it travels in a header.")
+    return keys
+
+
+def _flattened(values: list[str]) -> list[str]:
+    """A list's values may also come as one JSON array, as vLLM takes them."""
+    result: list[str] = []
+    for value in values:
+        if not value.startswith("["):
+            result.append(value)
+            continue
+        try:
+            result += msgspec.json.decode(value, type=list[str])
+        except msgspec.DecodeError as error:
+            raise ConfigError(f"{value[:100]!r} must be text or a JSON array of strings: {error}.") from error
+    return result
 
 
 def _destination(flag: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from concurrent.futures import Executor
 from dataclasses import dataclass
 from typing import cast
@@ -29,6 +30,9 @@ class ServerContext:
         executor: threads for tokenization and template rendering, which must not hold the event loop.
         created: whole Unix seconds at which the server started; the model cards' `created`.
         system_fingerprint: `jaxserve-…`, one value per version and model.
+        draining: the server was told to end; it takes no more requests.
+        num_open_requests: HTTP requests whose response has not ended, streams included.
+        num_connections: open connections, idle ones included.
     """
 
     config: ServerConfig
@@ -39,6 +43,8 @@ class ServerContext:
     created: int
     system_fingerprint: str
     draining: bool = False
+    num_open_requests: int = 0
+    num_connections: Callable[[], int] = lambda: 0
     _tokenizer: Tokenizer | None = None
     _chat_template: ChatTemplate | None = None
     _generation_defaults: GenerationDefaults | None = None
@@ -48,6 +54,10 @@ class ServerContext:
     ) -> None:
         """Called once, before the server says that it is ready."""
         self._tokenizer, self._chat_template, self._generation_defaults = tokenizer, chat_template, defaults
+
+    def is_crowded(self) -> bool:
+        """Whether there are more connections or (many may share one) requests than `--max-connections`."""
+        return max(self.num_connections(), self.num_open_requests) > self.config.max_connections
 
     def check_serving(self) -> None:
         """Whether requests can be served now.

@@ -101,6 +101,13 @@ def request_too_large(limit: int) -> HttpError:
     )
 
 
+def headers_too_large(limit: int) -> HttpError:
+    message = f"The request's headers are larger than {limit:,} bytes, the limit of this server."
+    return HttpError(
+        ErrorBody(status=431, type="invalid_request_error", code="request_too_large", message=message)
+    )
+
+
 def unsupported_media_type(message: str) -> HttpError:
     return HttpError(
         ErrorBody(status=415, type="invalid_request_error", code="unsupported_media_type", message=message)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import re
 from typing import Any
@@ -15,6 +16,8 @@ from jaxserve.api.errors import invalid_json, request_timeout, request_too_large
 from jaxserve.errors import RequestError
 
 MAX_DEPTH = 128
+LARGE_BODY_BYTES = 256 << 10  # parsing more than this would hold up every stream for milliseconds
+JSON_NAMES = {list: "an array", str: "a string", bool: "a boolean", int: "a number", float: "a number"}
 LONG_NUMBER = re.compile(rb"\d{19}")
 
 
@@ -35,29 +38,45 @@ async def read_json_object() -> dict[str, Any]:
         raise request_too_large(limit) from error
     except RequestTimeout as error:
         raise request_timeout("The request body did not arrive in time.") from error
-    return parse_json_object(raw)
+    if len(raw) < LARGE_BODY_BYTES:
+        return parse_json_object(raw)
+    executor = server_context().executor
+    return await asyncio.get_running_loop().run_in_executor(executor, parse_json_object, raw)
 
 
 def parse_json_object(raw: bytes) -> dict[str, Any]:
-    """Strict JSON: no NaN, no lone surrogates, nothing deeper than MAX_DEPTH. Integers of any length stay
-    integers, so that whoever knows the field can say what is wrong with them."""
+    """Strict JSON: no NaN, no lone surrogates, nothing deeper than MAX_DEPTH. Integers beyond 64 bits stay
+    integers, so that whoever knows the field can say what is wrong with them.
+
+    Raises:
+        HttpError: no such JSON.
+        RequestError: valid JSON, but no object.
+    """
     try:
         value = orjson.loads(raw)
     except orjson.JSONDecodeError as error:
         raise invalid_json(f"The request body is no valid JSON: {str(error)[:200]}.") from error
-    if not isinstance(value, dict):
-        kind = "array" if isinstance(value, list) else type(value).__name__
-        raise RequestError(f"The request body must be a JSON object, got: {kind}.", code="invalid_type")
     if _depth_exceeds(value, MAX_DEPTH):
         raise invalid_json(f"The request body is nested deeper than {MAX_DEPTH} levels.")
+    if not isinstance(value, dict):
+        kind = "null" if value is None else JSON_NAMES[type(value)]
+        raise RequestError(f"The request body must be a JSON object, got: {kind}.", code="invalid_type")
     if LONG_NUMBER.search(raw):  # orjson makes floats of integers beyond 64 bits
-        parsed: dict[str, Any] = json.loads(raw)
-        return parsed
+        return _parse_with_long_integers(raw)
     return value
 
 
+def _parse_with_long_integers(raw: bytes) -> dict[str, Any]:
+    """For what orjson has found valid."""
+    try:
+        parsed: dict[str, Any] = json.loads(raw)
+    except ValueError as error:  # Python converts no more than 4,300 digits
+        raise invalid_json("The request body has an integer of too many digits.") from error
+    return parsed
+
+
 def _check_media_type() -> None:
-    if request.content_encoding not in (None, "", "identity"):
+    if (request.content_encoding or "identity").strip().lower() != "identity":
         raise unsupported_media_type("Content-Encoding must be identity: compressed bodies are not read.")
     if not request.content_type:
         return
@@ -66,7 +85,7 @@ def _check_media_type() -> None:
             f"Content-Type must be application/json, got {request.mimetype[:100]!r}."
         )
     charset = request.mimetype_params.get("charset", "utf-8")
-    if charset.lower().replace("_", "-") not in ("utf-8", "utf8", "us-ascii", "ascii"):
+    if charset.lower() not in ("utf-8", "utf8"):
         raise unsupported_media_type(f"The charset must be utf-8, got {charset[:50]!r}.")
 
 

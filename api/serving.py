@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import ipaddress
 import logging
 import os
 import signal
+import socket
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -13,14 +15,12 @@ from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
 
-import hypercorn.asyncio
-from hypercorn.config import Config
-
 import jaxserve
 from jaxserve.api.admission import Admission
 from jaxserve.api.app import create_app
 from jaxserve.api.context import ServerContext
 from jaxserve.api.errors import unavailable
+from jaxserve.api.http_server import HttpServer, hypercorn_config, listen
 from jaxserve.api.metrics import Metrics
 from jaxserve.chat_template import load_chat_template
 from jaxserve.config import ServerConfig
@@ -32,11 +32,9 @@ from jaxserve.models.loader.hub import resolve_model
 from jaxserve.tokenizer import load_tokenizer
 
 logger = logging.getLogger("jaxserve")
-MAX_HEADER_BYTES = 16 << 10
-LOOPBACK = ("127.", "localhost", "::1", "[::1]")
 POLL_S = 0.05
 FAREWELL_S = 1.0  # for the last events of streams that are cut off
-HARD_LIMIT_S = 10.0  # behind the drain, should a connection refuse to close
+HARD_LIMIT_S = 10.0  # behind the drain, should anything refuse to end
 
 
 def serve(config: ServerConfig) -> int:
@@ -46,21 +44,28 @@ def serve(config: ServerConfig) -> int:
         ConfigError, ModelLoadError: the model or a flag is wrong.
     """
     config = replace(config, served_model_names=config.model_names)
+    hypercorn_config(config)  # raises early if a TLS file is wrong
     path = resolve_model(config.engine.model)
     config = replace(config, engine=replace(config.engine, model=str(path)))
-    if not config.uds and not config.host.startswith(LOOPBACK) and not config.api_keys:
+    if not config.uds and not config.api_keys and not is_loopback(config.host):
         logger.warning(
             "NO API KEY: everybody who can reach %s can use this server. Set JAXSERVE_API_KEY.", config.host
         )
-    return asyncio.run(_Server(config, path).run())
+    with listen(config) as listener:
+        try:
+            return asyncio.run(_Server(config, path, listener).run())
+        finally:
+            if config.uds:
+                Path(config.uds).unlink(missing_ok=True)
 
 
 class _Server:
     """One run of the server."""
 
-    def __init__(self, config: ServerConfig, path: Path) -> None:
+    def __init__(self, config: ServerConfig, path: Path, listener: socket.socket) -> None:
         self._config = config
         self._path = path
+        self._listener = listener
         self._started = time.monotonic()
         name = config.model_names[0]
         self._engine = SocketEngineClient(
@@ -80,36 +85,36 @@ class _Server:
             created=int(time.time()),
             system_fingerprint=f"jaxserve-{fingerprint}",
         )
+        self._http = HttpServer(create_app(self._context), config, listener)
+        self._context.num_connections = lambda: self._http.num_connections
         self._stop = asyncio.Event()
-        self._status = 0
+        self._drain_task: asyncio.Task[None] | None = None
 
     async def run(self) -> int:
         """Start everything at once, serve, drain; the engine process is gone when this returns."""
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._on_signal)
-        http = asyncio.create_task(
-            hypercorn.asyncio.serve(
-                create_app(self._context), self._hypercorn_config(), shutdown_trigger=self._stop.wait
-            )
-        )
+        http = asyncio.create_task(self._http.serve(self._stop))
         start = asyncio.create_task(self._start())
         try:
             await asyncio.wait({http, start}, return_when=asyncio.FIRST_COMPLETED)
-            if not start.done():  # the address is taken, or a signal came during the start
-                start.cancel()
-            elif start.exception() is not None:
+            if start.done() and start.exception() is not None:
                 self._stop.set()
-                await http
-                raise start.exception() or RuntimeError
+            elif not start.done():  # a signal came during the start
+                start.cancel()
             await http
+            await asyncio.gather(start, return_exceptions=True)
         finally:
             await self._engine.stop()
             self._executor.shutdown(wait=False, cancel_futures=True)
-        return self._status
+        if not start.cancelled() and (error := start.exception()) is not None:
+            raise error
+        return 0
 
     async def _start(self) -> None:
         """Load the tokenizer while the engine process loads the model."""
+        logger.info("starting: /health answers at %s", self._address())
         await self._engine.start()
         loading = asyncio.get_running_loop().run_in_executor(self._executor, self._load_text_side)
         ready = asyncio.ensure_future(self._engine.wait_ready())
@@ -120,15 +125,19 @@ class _Server:
         info = ready.result()
         for line in info.summary:
             logger.info("%s", line)
-        if self._config.uds:
-            address = f"unix:{self._config.uds}"
-        else:
-            scheme = "https" if self._config.ssl_certfile else "http"
-            address = f"{scheme}://{self._config.host}:{self._config.port}{self._config.root_path}"
         seconds = time.monotonic() - self._started
-        logger.info("ready in %.1f s: %s at %s", seconds, self._config.model_names[0], address)
+        logger.info("ready in %.1f s: %s at %s", seconds, self._config.model_names[0], self._address())
+
+    def _address(self) -> str:
+        if self._config.uds:
+            return f"unix:{self._config.uds}"
+        scheme = "https" if self._config.ssl_certfile else "http"
+        host = self._config.host.strip("[]")
+        port = self._listener.getsockname()[1]  # --port 0 lets the system choose
+        return f"{scheme}://{f'[{host}]' if ':' in host else host}:{port}{self._config.root_path}"
 
     def _load_text_side(self) -> None:
+        started = time.monotonic()
         config = self._config
         source = config.engine.tokenizer
         tokenizer = load_tokenizer(resolve_model(source) if source else self._path)
@@ -141,7 +150,10 @@ class _Server:
                 "the model's generation config asks for a repetition_penalty of %g, which this version does not apply",
                 defaults.repetition_penalty,
             )
+        if template is None:
+            logger.info("the model has no chat template: /v1/chat/completions needs --chat-template")
         self._context.set_model(tokenizer, template, defaults)
+        logger.info("tokenizer and chat template loaded in %.1f s", time.monotonic() - started)
 
     def _engine_info(self) -> EngineInfo | None:
         try:
@@ -149,48 +161,33 @@ class _Server:
         except EngineStartingError:
             return None
 
-    def _hypercorn_config(self) -> Config:
-        server = self._config
-        config = Config()
-        config.bind = [f"unix:{server.uds}" if server.uds else f"{_bracketed(server.host)}:{server.port}"]
-        config.root_path = server.root_path
-        config.keyfile, config.certfile = server.ssl_keyfile, server.ssl_certfile
-        config.ca_certs = server.ssl_ca_certs
-        config.h11_max_incomplete_size = MAX_HEADER_BYTES
-        config.include_server_header = False
-        config.graceful_timeout = FAREWELL_S
-        config.shutdown_timeout = FAREWELL_S
-        config.errorlog = logging.getLogger("jaxserve.http")
-        config.errorlog.setLevel(logging.WARNING)
-        config.accesslog = None
-        config.backlog = 1024
-        return config
-
     # --- the end --------------------------------------------------------------------------------------------
 
     def _on_signal(self) -> None:
         if self._context.draining:
             logger.warning("second signal: ending now")
             self._engine.kill()
+            sys.stderr.flush()
             os._exit(1)
         self._context.draining = True
-        logger.info("shutting down: %d requests left", self._context.admission.num_requests)
+        logger.info("shutting down: %d requests are open", self._context.num_open_requests)
         self._drain_task = asyncio.create_task(self._drain())
 
     async def _drain(self) -> None:
-        """Wait for the running requests; cut off what is left at the limit, with a word to its client."""
-        deadline = time.monotonic() + self._config.shutdown_timeout_s
-        while self._context.admission.num_requests and time.monotonic() < deadline:
-            await asyncio.sleep(POLL_S)
-        left = self._context.admission.num_requests
+        """Wait for the open requests; cut off what is left at the limit, with a word to its client."""
+        await self._until_no_request_is_open(self._config.shutdown_timeout_s)
+        left = self._context.num_open_requests
         if left:
-            logger.warning("shutting down: %d requests cut off", left)
+            logger.warning("shutting down: %d requests are cut off", left)
             self._engine.fail_all(unavailable("draining", "The server is shutting down.", retry_after_s=10))
-            cut = time.monotonic() + FAREWELL_S
-            while self._context.admission.num_requests and time.monotonic() < cut:
-                await asyncio.sleep(POLL_S)
+            await self._until_no_request_is_open(FAREWELL_S)
         asyncio.get_running_loop().call_later(HARD_LIMIT_S, self._end_hard)
         self._stop.set()
+
+    async def _until_no_request_is_open(self, limit_s: float) -> None:
+        deadline = time.monotonic() + limit_s
+        while self._context.num_open_requests and time.monotonic() < deadline:
+            await asyncio.sleep(POLL_S)
 
     def _end_hard(self) -> None:
         self._engine.kill()
@@ -198,5 +195,10 @@ class _Server:
         os._exit(0)
 
 
-def _bracketed(host: str) -> str:
-    return f"[{host}]" if ":" in host and not host.startswith("[") else host
+def is_loopback(host: str) -> bool:
+    """Whether only this machine can reach `host`."""
+    try:
+        addresses = {info[4][0] for info in socket.getaddrinfo(host.strip("[]"), None)}
+    except OSError:
+        return False
+    return all(ipaddress.ip_address(str(address).partition("%")[0]).is_loopback for address in addresses)

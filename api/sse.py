@@ -16,36 +16,18 @@ KEEP_ALIVE = b": keep-alive\n\n"
 def sse_response(chunks: AsyncIterator[bytes], *, on_close: Callable[[], None]) -> Response:
     """A streaming response of `chunks`, each one write.
 
-    `on_close` is called exactly once, when the request's task ends: after the last chunk, when the client has
-    gone (that cancels the task, also before the stream has begun), or when the client has read nothing for
-    `--stall-timeout`.
+    `on_close` is called exactly once, when the request's task ends: after the last chunk, or when the client
+    has gone. That cancels the task, also before the stream has begun; a client that reads nothing for
+    `--stall-timeout` is made to go.
     """
-    config = server_context().config
     task = asyncio.current_task()
     assert task is not None, "a handler runs in a task"
     task.add_done_callback(lambda _: on_close())
-    events = _unless_stalled(chunks, task, config.stall_timeout_s)
-    if config.sse_keep_alive_interval_s:
-        events = _unless_stalled(
-            _with_keep_alive(chunks, config.sse_keep_alive_interval_s), task, config.stall_timeout_s
-        )
+    interval_s = server_context().config.sse_keep_alive_interval_s
+    events = _with_keep_alive(chunks, interval_s) if interval_s else chunks
     response = Response(events, content_type="text/event-stream; charset=utf-8", headers=HEADERS)
     response.timeout = None  # Quart would cut the stream after a minute, silently
     return response
-
-
-async def _unless_stalled(
-    chunks: AsyncIterator[bytes], task: asyncio.Task[object], timeout_s: float
-) -> AsyncIterator[bytes]:
-    """End the request if a write does not drain in time: its client does not read."""
-    loop = asyncio.get_running_loop()
-    async for chunk in chunks:
-        watchdog = loop.call_later(timeout_s, task.cancel) if timeout_s else None
-        try:
-            yield chunk
-        finally:
-            if watchdog is not None:
-                watchdog.cancel()
 
 
 async def _with_keep_alive(chunks: AsyncIterator[bytes], interval_s: float) -> AsyncIterator[bytes]:

@@ -38,6 +38,7 @@ from jaxserve.messages import (
 
 logger = logging.getLogger("jaxserve.engine_client")
 EXIT_GRACE_S = 5.0
+EXIT_STATUS_LIMIT_S = 1.0
 WATCH_INTERVAL_S = 0.25
 
 RequestStream = AsyncIterator[list[SequenceOutput]]
@@ -147,6 +148,7 @@ class SocketEngineClient:
         self._info: EngineInfo | None = None
         self._stats = EngineStats()
         self._dead = False
+        self._ended_for: str | None = None
         self._stalled = False
         self._last_word = time.monotonic()
         self._ready: asyncio.Future[EngineInfo] | None = None
@@ -219,30 +221,31 @@ class SocketEngineClient:
             if not connected.done():
                 connected.set_result((reader, writer))
 
-        with tempfile.TemporaryDirectory(prefix="jaxserve-") as directory:
+        with tempfile.TemporaryDirectory(prefix="jaxserve-") as directory:  # only its owner may enter it
             path = str(Path(directory) / "engine.sock")
             server = await asyncio.start_unix_server(on_connect, path, limit=MAX_FRAME_BYTES)
             self._process = await asyncio.create_subprocess_exec(
                 *self._command,
                 path,
                 env=_environment(),
-                start_new_session=True,
+                start_new_session=True,  # Ctrl-C in the terminal is for the API process alone
                 stdin=asyncio.subprocess.DEVNULL,
             )
             exited = asyncio.create_task(self._process.wait())
             either: set[asyncio.Future[Any]] = {connected, exited}
-            await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
-            server.close()
-            if not connected.done():
-                self._die(
-                    f"the engine process ended with status {self._process.returncode} before it connected"
-                )
-                return
-            exited.cancel()
+            try:
+                await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
+            finally:
+                exited.cancel()
+                server.close()
+        if not connected.done():
+            self._die(f"The engine process {await self._how_it_ended()} before it connected.")
+            return
         reader, self._writer = connected.result()
         body = msgspec.msgpack.encode(dataclasses.asdict(self._config))
         self._writer.write(FRAME_HEADER.pack(len(body)) + body)
         self._tasks = [asyncio.create_task(self._read(reader)), asyncio.create_task(self._watch())]
+        self._tasks[0].add_done_callback(self._reader_ended)
 
     async def wait_ready(self) -> EngineInfo:
         """The engine's own description, once it is ready.
@@ -257,17 +260,18 @@ class SocketEngineClient:
     async def stop(self) -> None:
         """End the engine process and wait for it."""
         self._dead = True
-        self._send(Shutdown())
         for task in self._tasks:
             task.cancel()
-        if self._process is not None and self._process.returncode is None:
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        if self._process is None:
+            return
+        if self._writer is not None:
+            self._send(Shutdown())
+            self._writer.close()  # it ends at the end of the socket, too, whatever it is at
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._process.wait(), EXIT_GRACE_S)
         self.kill()
-        if self._process is not None:
-            await self._process.wait()
-        if self._writer is not None:
-            self._writer.close()
+        await self._process.wait()
 
     def kill(self) -> None:
         """End the engine process now."""
@@ -286,11 +290,35 @@ class SocketEngineClient:
         try:
             while True:
                 (size,) = FRAME_HEADER.unpack(await reader.readexactly(FRAME_HEADER.size))
+                if size > MAX_FRAME_BYTES:
+                    raise msgspec.DecodeError(f"a frame of {size:,} bytes")
                 self._receive(decoder.decode(await reader.readexactly(size)))
         except (asyncio.IncompleteReadError, ConnectionError):
-            self._die("the engine process has ended")
+            self._lose()
+            self._die(f"The engine process {await self._how_it_ended()}.")
         except msgspec.DecodeError as error:
-            self._die(f"the engine process sent what cannot be read: {error}")
+            self.kill()
+            self._die(f"The engine process sent what cannot be read: {error}.")
+
+    def _reader_ended(self, task: asyncio.Task[None]) -> None:
+        """A defect on this side must not look like an engine that has nothing to say."""
+        if not task.cancelled() and (error := task.exception()) is not None:
+            logger.error("reading from the engine failed", exc_info=error)
+            self.kill()
+            self._die("The engine's output could not be handled.")
+
+    async def _how_it_ended(self) -> str:
+        """In words: the status tells a crash from the system's taking its memory back."""
+        assert self._process is not None, "start() comes first"
+        try:
+            status = await asyncio.wait_for(self._process.wait(), EXIT_STATUS_LIMIT_S)
+        except TimeoutError:
+            self.kill()  # alive, but of no use; its memory is
+            return "closed its connection"
+        if status >= 0:
+            return f"ended with status {status}"
+        name = signal.Signals(-status).name if -status in signal.valid_signals() else f"signal {-status}"
+        return f"was killed by {name}" + (" (out of memory?)" if -status == signal.SIGKILL else "")
 
     def _receive(self, message: FromEngine) -> None:
         self._last_word = time.monotonic()
@@ -332,21 +360,26 @@ class SocketEngineClient:
                 self._stalled = True
                 self.fail_all(EngineStalledError("The engine makes no progress."))
 
-    def _die(self, reason: str, *, user_error: bool = False) -> None:
-        if self._dead:
-            return
+    def _lose(self) -> None:
+        """Nothing more will come: every open stream ends with an error, and no request is taken."""
         self._dead = True
-        starting = self._ready is not None and not self._ready.done()
-        if not starting:
-            logger.error("%s", reason)
-        self._stats = EngineStats(num_preemptions=self._stats.num_preemptions)
-        error = ModelLoadError(reason) if user_error else EngineDeadError(reason)
-        if starting and self._ready is not None:
-            self._ready.set_exception(error)
-            self._ready.exception()  # whoever waits gets it; nobody need wait
+        self._stats = msgspec.structs.replace(self._stats, num_running=0, num_waiting=0, kv_cache_usage=0.0)
         for stream in self._streams.values():
             stream.fail(EngineDeadError("The engine has ended."))
         self._streams.clear()
+
+    def _die(self, reason: str, *, user_error: bool = False) -> None:
+        """The engine has ended; the first reason counts, and whoever waits for its start is told."""
+        if self._ended_for is not None:
+            return
+        self._ended_for = reason
+        starting = self._ready is not None and not self._ready.done()
+        if starting and self._ready is not None:
+            self._ready.set_exception(ModelLoadError(reason) if user_error else EngineDeadError(reason))
+            self._ready.exception()  # marks it as seen: nobody need wait
+        else:
+            logger.error("%s", reason)
+        self._lose()
 
 
 def _environment() -> dict[str, str]:

@@ -13,9 +13,11 @@ RANKS = [  # from the bottom up; modules of one rank do not import each other
     "config sampling_params kernels.reference kernels.blocked_attention",
     "messages kernels.paged_attention compilation demo_model models models.config", "sequence models.rope models.layers",
     "block_manager models.loader.checkpoint models.loader.hub models.loader.gguf models.loader.safetensors",
-    "models.loader.dummy scheduler", "models.loader tokenizer step_inputs", "models.llama sampler detokenizer gguf_tokenizer",
+    "models.loader.dummy scheduler", "models.loader tokenizer step_inputs",
+    "models.llama sampler detokenizer gguf_tokenizer",
     "generation_config chat_template kv_cache step", "model_runner", "engine", "llm engine_server", "engine_client",
-    "api", "api.errors api.fields api.auth", "api.protocol", "api.prompts", "api.generation", "api.responses",
+    "api", "api.errors api.fields api.auth api.cors api.http_server", "api.protocol", "api.prompts", "api.generation",
+    "api.responses",
     "api.metrics api.admission", "api.context", "api.sse api.request_body", "api.respond",
     "api.chat api.completions api.models api.tokenization api.health", "api.app", "api.cli api.serving", "api.__main__",
 ]  # fmt: skip

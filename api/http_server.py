@@ -1,0 +1,242 @@
+"""HTTP on one socket: Hypercorn's protocols, with connections that are counted, watched and ended on time."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import resource
+import socket
+import ssl
+import stat
+
+from hypercorn.asyncio.tcp_server import TCPServer
+from hypercorn.asyncio.worker_context import WorkerContext
+from hypercorn.config import Config
+from hypercorn.events import Event
+from hypercorn.utils import wrap_app
+from quart import Quart
+
+from jaxserve.config import ServerConfig
+from jaxserve.errors import ConfigError
+
+MAX_HEADER_BYTES = 16 << 10  # while it arrives
+KEEP_ALIVE_S = 20.0  # longer than SDKs keep idle connections (5 s), so that it is they who close them
+KEEPALIVE_IDLE_S = 60  # a client whose machine vanished is noticed, also while it waits in the queue
+TLS_HANDSHAKE_S = 10.0
+FAREWELL_S = 1.0  # for the last bytes of connections when the server ends
+BACKLOG = 1024
+SPARE_CONNECTIONS = 64  # beyond --max-connections: enough to answer them with 503
+SPARE_FILES = 128
+
+
+def listen(config: ServerConfig) -> socket.socket:
+    """Bind to `--uds`, or to `--host` and `--port`; from then on the system accepts connections.
+
+    Raises:
+        ConfigError: that is not possible; the message says why.
+    """
+    try:
+        listener = _unix(config.uds) if config.uds else _tcp(config)
+    except OSError as error:
+        place = f"--uds {config.uds}" if config.uds else f"--host {config.host} --port {config.port}"
+        raise ConfigError(f"{place}: cannot listen there: {error.strerror or error}.") from error
+    listener.setblocking(False)
+    return listener
+
+
+def _tcp(config: ServerConfig) -> socket.socket:
+    host = config.host.strip("[]")
+    family, _, _, _, address = socket.getaddrinfo(host, config.port, type=socket.SOCK_STREAM)[0]
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    # connections inherit all of these
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    if hasattr(socket, "TCP_KEEPIDLE"):
+        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, KEEPALIVE_IDLE_S)
+    return _listening(listener, address)
+
+
+def _unix(path: str) -> socket.socket:
+    if os.path.exists(path) and stat.S_ISSOCK(os.stat(path).st_mode) and not _is_served(path):
+        os.unlink(path)  # left behind by a server that was killed
+    return _listening(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM), path)
+
+
+def _listening(listener: socket.socket, address: object) -> socket.socket:
+    try:
+        listener.bind(address)  # type: ignore[arg-type]
+        listener.listen(BACKLOG)
+    except OSError:
+        listener.close()
+        raise
+    return listener
+
+
+def _is_served(path: str) -> bool:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        try:
+            probe.connect(path)
+        except ConnectionRefusedError:
+            return False
+    return True
+
+
+def hypercorn_config(server: ServerConfig) -> Config:
+    """Hypercorn's settings; it gets its socket ready-made.
+
+    Raises:
+        ConfigError: a TLS file is wrong.
+    """
+    config = Config()
+    config.root_path = server.root_path
+    config.keyfile, config.certfile = server.ssl_keyfile, server.ssl_certfile
+    if server.ssl_ca_certs:  # without the second line the first would change nothing
+        config.ca_certs = server.ssl_ca_certs
+        config.verify_mode = ssl.CERT_REQUIRED
+    config.h11_max_incomplete_size = MAX_HEADER_BYTES
+    config.h2_max_header_list_size = MAX_HEADER_BYTES
+    config.keep_alive_timeout = KEEP_ALIVE_S
+    config.include_server_header = False
+    config.errorlog = logging.getLogger("jaxserve.http")
+    config.errorlog.setLevel(logging.WARNING)
+    config.accesslog = None  # the app writes its own
+    for flag, path in (
+        ("--ssl-keyfile", server.ssl_keyfile),
+        ("--ssl-certfile", server.ssl_certfile),
+        ("--ssl-ca-certs", server.ssl_ca_certs),
+    ):
+        if path is not None and not os.access(path, os.R_OK):
+            raise ConfigError(f"{flag}: {path} cannot be read.")
+    try:
+        config.create_ssl_context()
+    except (ssl.SSLError, OSError) as error:
+        raise ConfigError(f"--ssl-keyfile, --ssl-certfile, --ssl-ca-certs: {error}.") from error
+    return config
+
+
+class HttpServer:
+    """Serves an app on a listening socket.
+
+    Args:
+        listener: as from `listen`; closed when serving ends.
+    """
+
+    def __init__(self, app: Quart, config: ServerConfig, listener: socket.socket) -> None:
+        self._app = app
+        self._http = hypercorn_config(config)
+        self._listener = listener
+        self._stall_timeout_s = config.stall_timeout_s
+        self._max_connections = config.max_connections + SPARE_CONNECTIONS
+        self._connections: dict[asyncio.Task[None], asyncio.StreamWriter] = {}
+
+    @property
+    def num_connections(self) -> int:
+        """Open connections, idle ones included."""
+        return len(self._connections)
+
+    async def serve(self, stop: asyncio.Event) -> None:
+        """Until `stop`; what is open then has FAREWELL_S to end."""
+        _allow_open_files(self._max_connections + SPARE_FILES)
+        loop = asyncio.get_running_loop()
+        context = WorkerContext(None)
+        app = wrap_app(self._app, self._http.wsgi_max_body_size, "asgi")
+
+        async def connected(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            task = asyncio.current_task()
+            assert task is not None
+            if self.num_connections >= self._max_connections:
+                writer.transport.abort()
+                return
+            self._connections[task] = writer
+            try:
+                await _Connection(
+                    app, loop, self._http, context, {}, reader, writer, stall_timeout_s=self._stall_timeout_s
+                )
+            finally:
+                del self._connections[task]
+
+        tls = self._http.create_ssl_context()
+        server = await asyncio.start_server(
+            connected,
+            sock=self._listener,
+            backlog=BACKLOG,
+            ssl=tls,
+            ssl_handshake_timeout=TLS_HANDSHAKE_S if tls else None,
+        )
+        await self._app.startup()
+        try:
+            await stop.wait()
+        finally:
+            server.close()
+            await context.terminated.set()  # ends idle connections
+            await self._end_connections()
+            await self._app.shutdown()
+
+    async def _end_connections(self) -> None:
+        if self._connections:
+            await asyncio.wait(set(self._connections), timeout=FAREWELL_S)
+        for writer in self._connections.values():
+            writer.transport.abort()
+        if self._connections:
+            await asyncio.wait(set(self._connections), timeout=FAREWELL_S)
+
+
+class _Connection(TCPServer):  # type: ignore[misc]
+    """Hypercorn's connection, but one that ends when its client has closed it or does not read."""
+
+    def __init__(self, *args: object, stall_timeout_s: float) -> None:
+        super().__init__(*args)
+        self._stall_timeout_s = stall_timeout_s
+
+    async def _read_data(self) -> None:
+        await super()._read_data()
+        await self.idle_task.stop()  # else the connection would stay open for the rest of KEEP_ALIVE_S
+
+    async def protocol_send(self, event: Event) -> None:
+        with _StallWatch(self.writer.transport, self._stall_timeout_s):
+            await super().protocol_send(event)
+
+    async def _close(self) -> None:
+        with _StallWatch(self.writer.transport, self._stall_timeout_s):
+            await super()._close()
+
+
+class _StallWatch:
+    """While it is open, abort the transport if its client has read nothing for `timeout_s` (0: never)."""
+
+    def __init__(self, transport: asyncio.WriteTransport, timeout_s: float) -> None:
+        self._transport = transport
+        self._timeout_s = timeout_s
+        self._loop = asyncio.get_running_loop()
+        self._timer: asyncio.TimerHandle | None = None
+        self._least_left: int | None = None
+        self._progress_at = 0.0
+
+    def __enter__(self) -> None:
+        if self._timeout_s:
+            self._progress_at = self._loop.time()
+            self._timer = self._loop.call_later(self._timeout_s / 4, self._check)
+
+    def __exit__(self, *_: object) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+
+    def _check(self) -> None:
+        left = self._transport.get_write_buffer_size()
+        now = self._loop.time()
+        if self._least_left is None or left < self._least_left:
+            self._least_left, self._progress_at = left, now
+        elif now - self._progress_at >= self._timeout_s:
+            self._transport.abort()
+            return
+        self._timer = self._loop.call_later(self._timeout_s / 4, self._check)
+
+
+def _allow_open_files(wanted: int) -> None:
+    """Every connection is an open file; shells start programs with as few as 1,024, and raising that is free."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        limit = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
