@@ -1,7 +1,8 @@
 """Make tests/data/: what Hugging Face transformers computes, for our tests to compare with.
 
 Needs torch, transformers and gguf, which jaxserve itself does not; run it in an environment that has them:
-    python scripts/make_reference.py MODEL.gguf      (the demo model)
+    python scripts/make_reference.py              (tiny random models)
+    python scripts/make_reference.py MODEL.gguf   (these and the demo model)
 """
 
 from __future__ import annotations
@@ -136,4 +137,5 @@ def tiny_models() -> None:
 if __name__ == "__main__":
     DATA.mkdir(exist_ok=True)
     tiny_models()
-    demo_model(Path(sys.argv[1]).resolve())
+    if len(sys.argv) > 1:
+        demo_model(Path(sys.argv[1]).resolve())

@@ -49,12 +49,20 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "rope llama3": {"rope_scaling": LLAMA3},
     "rope yarn": {"rope_scaling": YARN},
     "sliding window": {"architectures": ["MistralForCausalLM"], "model_type": "mistral", "sliding_window": 8},
+    "rope yarn tuned": {
+        "rope_scaling": YARN | {"attention_factor": 1.3, "beta_fast": 16.0, "beta_slow": 2.0}
+    },
+    "rope yarn mscale": {"rope_scaling": YARN | {"mscale": 0.7, "mscale_all_dim": 1.1}},
+    "rope_parameters": {
+        "rope_theta": None,
+        "rope_parameters": LLAMA3 | {"rope_theta": 5000.0},
+    },  # as transformers 5 writes
 }
 
 
 def tiny_config(variant: str) -> dict[str, Any]:
-    """A config.json."""
-    return BASE | VARIANTS[variant]
+    """A config.json; a variant's None takes the key out."""
+    return {key: value for key, value in (BASE | VARIANTS[variant]).items() if value is not None}
 
 
 def tiny_weights(config: dict[str, Any], seed: int = 0) -> dict[str, npt.NDArray[np.float32]]:

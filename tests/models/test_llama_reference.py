@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -47,22 +46,22 @@ def test_every_variant_of_the_configuration_equals_transformers(variant: str, tm
     )
     runner = ModelRunner(config)
     logits = runner.prompt_logits(stored[f"{variant}/prompt"].tolist())
-    np.testing.assert_allclose(logits, stored[f"{variant}/logits"], atol=2e-3)
+    np.testing.assert_allclose(logits, stored[f"{variant}/logits"], atol=2e-4)
     sequences = [stored[f"{variant}/greedy_{i}"].tolist() for i in range(3)]
     assert greedy(runner, [s[:-24] for s in sequences], 24) == [s[-24:] for s in sequences]
 
 
 @pytest.fixture(scope="module")
-def demo_runner(demo_model_path: Path) -> Iterator[ModelRunner]:
+def demo_runner(demo_model_path: Path) -> ModelRunner:
     config = EngineConfig(
         model=str(demo_model_path),
         dtype="float32",
         max_model_len=1024,
         max_num_seqs=20,
-        max_num_batched_tokens=128,
+        max_num_batched_tokens=64,
         kv_cache_memory_bytes=256 << 20,
     )
-    yield ModelRunner(config)
+    return ModelRunner(config)
 
 
 @pytest.mark.model
