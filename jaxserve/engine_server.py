@@ -7,6 +7,7 @@ a slow reader on the other side never delays a step. The process ends when the s
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import queue
@@ -109,7 +110,10 @@ def serve(connection: Connection, config: EngineConfig) -> None:
     def report(text: str) -> None:
         connection.send(StartupPhase(text=text))
 
+    gc.disable()  # tracing makes millions of objects that live as long as the programs
     engine = Engine.load(config, report)
+    gc.enable()
+    gc.freeze()
     connection.send(engine.info())
     while True:
         while not engine.has_work or not connection.received.empty():
@@ -144,9 +148,12 @@ def main() -> int:
         stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s"
     )
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    sock.connect(sys.argv[1])
-    connection = Connection(sock)
-    config = connection.read_config()
+    try:
+        sock.connect(sys.argv[1])
+        connection = Connection(sock)
+        config = connection.read_config()
+    except (OSError, EOFError):
+        return 0  # the API process has ended already
     connection.start()
     try:
         serve(connection, config)

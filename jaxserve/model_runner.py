@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import NamedTuple
 
 import jax
@@ -106,23 +106,23 @@ class ModelRunner:
             if config.kv_cache_memory_bytes
             else free_device_bytes(self.device, config.memory_utilization)
         )
+        self._max_num_batched_tokens = max_num_batched_tokens
+        guess = self._num_blocks(program_bytes=PROGRAM_BYTES_GUESS)
+        self.limits = self._limits(guess)  # what cannot work is said before anything is loaded
+        self._programs: dict[int, jax.stages.Compiled] = {}
         with ThreadPoolExecutor(COMPILE_THREADS + 1, thread_name_prefix="startup") as pool:
+            started = time.monotonic()
             loading = pool.submit(self._load, checkpoint, report)
-            programs, num_blocks = self._compile_all(pool, report)
+            programs, num_blocks = self._compile_all(pool, guess)
+            self.limits = self._limits(num_blocks)
+            self._kv_pools = self._spec.allocate(num_blocks)
             self._leaves = loading.result()
-        self.limits = SchedulerConfig(
-            max_model_len=self.max_model_len,
-            max_num_seqs=self._max_num_seqs,
-            max_num_batched_tokens=max_num_batched_tokens,
-            block_size=self.block_size,
-            num_blocks=num_blocks,
-            enable_prefix_caching=config.enable_prefix_caching,
-            enable_chunked_prefill=config.enable_chunked_prefill,
-        )
-        self._programs = programs
-        self._kv_pools = self._spec.allocate(num_blocks)
-        for bucket in self.buckets:  # the first call of a program pays for what later ones find ready
-            self._execute(bucket, np.zeros(self._step_shape(bucket).size, np.int32))
+            for bucket, program in programs.items():
+                self._programs[bucket] = program.result()
+                # the first run of a program pays for what later ones find ready
+                self._execute(bucket, np.zeros(self._step_shape(bucket).size, np.int32))
+        buckets = ", ".join(map(str, self.buckets))
+        report(f"compiled {len(programs)} programs ({buckets} tokens) in {_seconds_since(started)}")
         self.compilations.reset()
 
     def run(self, plan: StepPlan) -> StepResult:
@@ -176,30 +176,33 @@ class ModelRunner:
         return leaves
 
     def _compile_all(
-        self, pool: ThreadPoolExecutor, report: Report
-    ) -> tuple[dict[int, jax.stages.Compiled], int]:
-        """All programs, and the number of blocks that they are compiled for.
+        self, pool: ThreadPoolExecutor, guess: int
+    ) -> tuple[dict[int, Future[jax.stages.Compiled]], int]:
+        """All programs in the making, and the number of blocks that they are compiled for.
 
-        The number is part of the programs' shape and depends on the memory that they need, so the largest one
-        is compiled for a guess first; its own figures then confirm or correct it.
+        The number is part of the programs' shape and depends on the memory that they need, so they are compiled
+        for a guess; the figures of the largest one confirm or correct it.
         """
-        started = time.monotonic()
-        largest = self.buckets[-1]
-        guess = self._num_blocks(program_bytes=PROGRAM_BYTES_GUESS)
-        first = pool.submit(self._compile, largest, guess)
-        others = {b: pool.submit(self._compile, b, guess) for b in reversed(self.buckets[:-1])}
-        num_blocks = self._num_blocks(program_bytes=_program_bytes(first.result()))
-        programs = {largest: first.result()} | {b: future.result() for b, future in others.items()}
-        if num_blocks < guess or num_blocks > 1.05 * guess:
-            futures = {b: pool.submit(self._compile, b, num_blocks) for b in reversed(self.buckets)}
-            programs = {b: future.result() for b, future in futures.items()}
-        else:
-            num_blocks = guess
-        report(
-            f"compiled {len(programs)} programs ({', '.join(map(str, self.buckets))} tokens) "
-            f"in {_seconds_since(started)}"
+        largest_first = self.buckets[::-1]
+        programs = {b: pool.submit(self._compile, b, guess) for b in largest_first}
+        largest = programs[largest_first[0]].result()
+        num_blocks = self._num_blocks(program_bytes=_program_bytes(largest))
+        if guess <= num_blocks <= 1.05 * guess:
+            return programs, guess
+        for program in programs.values():
+            program.cancel()
+        return {b: pool.submit(self._compile, b, num_blocks) for b in largest_first}, num_blocks
+
+    def _limits(self, num_blocks: int) -> SchedulerConfig:
+        return SchedulerConfig(
+            max_model_len=self.max_model_len,
+            max_num_seqs=self._max_num_seqs,
+            max_num_batched_tokens=self._max_num_batched_tokens,
+            block_size=self.block_size,
+            num_blocks=num_blocks,
+            enable_prefix_caching=self.config.enable_prefix_caching,
+            enable_chunked_prefill=self.config.enable_chunked_prefill,
         )
-        return programs, num_blocks
 
     def _compile(self, bucket: int, num_blocks: int) -> jax.stages.Compiled:
         shape = self._step_shape(bucket)
