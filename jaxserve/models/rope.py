@@ -54,12 +54,11 @@ def _llama3(rope: RopeConfig, D: int) -> Floats:
     inv_freq = _inverse(rope.theta, D)
     original = rope.original_max_position_embeddings
     wavelengths = 2 * math.pi / inv_freq
-    stretched = inv_freq / rope.factor
     blend = (original / wavelengths - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)
-    blended = (1 - blend) * stretched + blend * inv_freq
+    blended = (1 - blend) * inv_freq / rope.factor + blend * inv_freq
     long = wavelengths > original / rope.low_freq_factor
     short = wavelengths < original / rope.high_freq_factor
-    return np.where(long, stretched, np.where(short, inv_freq, blended)).astype(np.float32)
+    return np.where(long, inv_freq / rope.factor, np.where(short, inv_freq, blended)).astype(np.float32)
 
 
 def _yarn(rope: RopeConfig, D: int) -> tuple[Floats, float]:

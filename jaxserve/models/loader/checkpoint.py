@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import math
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, Protocol, TypeVar
 
 import numpy as np
@@ -16,6 +17,7 @@ Array = npt.NDArray[Any]
 
 # Buffers that old exporters saved although they are computed, not learned
 IGNORED_SUFFIXES = ("rotary_emb.inv_freq", "attn.masked_bias")
+ALIGNMENT = 64  # bytes: XLA:CPU takes an array that begins at a multiple of it as it is, without a copy
 
 
 class TensorSlot(NamedTuple):
@@ -36,8 +38,14 @@ class Checkpoint(Protocol):
         """Name and shape of every tensor, in file order."""
         ...
 
-    def tensors(self) -> Iterator[tuple[str, Array]]:
-        """Every tensor, one at a time, in the order of `shapes`."""
+    def read_into(self, name: str, out: Array) -> None:
+        """Copy a tensor into `out` (of the tensor's shape, C-contiguous), cast to its dtype.
+
+        It is read in pieces of a few megabytes, so that `out` is all the memory that a tensor takes.
+
+        Raises:
+            ModelLoadError: the file ended early; the message names it.
+        """
         ...
 
 
@@ -48,16 +56,17 @@ def load_params(
     dtype: np.dtype[Any],
     place: Callable[[str, Array], T],
 ) -> dict[str, T]:
-    """Fill every parameter and place it as soon as its last tensor has been read.
+    """Fill every parameter, in file order, and place it as soon as its last tensor has been read.
 
     Args:
-        slots: for every tensor that must be there, where it goes.
+        slots: for every tensor that must be there, where it goes. Together they fill every parameter.
         param_shapes: of every parameter.
         dtype: that parameters are cast to.
-        place: puts a finished parameter on the device.
+        place: puts a finished parameter on the device. It owns the array from then on.
 
     Raises:
-        ModelLoadError: a tensor is missing, surplus or of a wrong shape; the first one is named.
+        ModelLoadError: a tensor is missing, surplus, of a wrong shape or beyond the range of `dtype`; the first
+            one is named.
     """
     ignored = _check_tensors(checkpoint, slots)
     remaining = dict.fromkeys(param_shapes, 0)
@@ -65,19 +74,31 @@ def load_params(
         remaining[slot.param] += 1
     buffers: dict[str, Array] = {}
     placed: dict[str, T] = {}
-    for name, tensor in checkpoint.tensors():
+    for name in checkpoint.shapes():
         if name in ignored:
             continue
         param, row, shape = slots[name]
-        if shape == param_shapes[param]:
-            placed[param] = place(param, np.ascontiguousarray(tensor.astype(dtype, copy=False)))
-            continue
-        buffer = buffers.setdefault(param, np.empty(param_shapes[param], dtype))
-        buffer[row : row + shape[0]] = tensor.astype(dtype, copy=False)
+        if param not in buffers:
+            buffers[param] = _empty(param_shapes[param], dtype)
+        rows = buffers[param][row : row + shape[0]]
+        with np.errstate(over="ignore", invalid="ignore"):  # looked for below, where the tensor has a name
+            checkpoint.read_into(name, rows)
+        if dtype == np.float16 and not np.isfinite(rows).all():
+            raise ModelLoadError(
+                f"The tensor {name} has values beyond float16's range: use --dtype bfloat16."
+            )
         remaining[param] -= 1
         if remaining[param] == 0:
             placed[param] = place(param, buffers.pop(param))
     return placed
+
+
+def _empty(shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
+    """An array whose data begin at a multiple of ALIGNMENT, which numpy's own do not."""
+    num_bytes = math.prod(shape) * dtype.itemsize
+    memory = np.empty(num_bytes + ALIGNMENT, np.uint8)
+    start = -memory.ctypes.data % ALIGNMENT
+    return memory[start : start + num_bytes].view(dtype).reshape(shape)
 
 
 def _check_tensors(checkpoint: Checkpoint, slots: Mapping[str, TensorSlot]) -> set[str]:
@@ -88,7 +109,9 @@ def _check_tensors(checkpoint: Checkpoint, slots: Mapping[str, TensorSlot]) -> s
         raise ModelLoadError(f"The checkpoint lacks {_first(missing)}.")
     ignored = {name for name in found if name.endswith(IGNORED_SUFFIXES)}
     if checkpoint.config.tie_word_embeddings:
-        ignored.add("lm_head.weight")  # the config decides, as in transformers: the embedding is the head
+        ignored.add(
+            "lm_head.weight"
+        )  # the config decides: the embedding is the head, whatever a copy of it says
     surplus = [name for name in found if name not in slots and name not in ignored]
     if surplus:
         raise ModelLoadError(
@@ -103,5 +126,6 @@ def _check_tensors(checkpoint: Checkpoint, slots: Mapping[str, TensorSlot]) -> s
 
 
 def _first(names: list[str]) -> str:
+    shown = names[0] if names[0].isprintable() else ascii(names[0])  # it may come from a file
     rest = f" and {len(names) - 1} more" if len(names) > 1 else ""
-    return f"{names[0]}{rest}"
+    return f"{shown:.200}{rest}"

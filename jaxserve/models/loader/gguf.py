@@ -6,12 +6,13 @@ the file before anything is allocated, and a vocabulary of 100,000 strings is re
 
 from __future__ import annotations
 
+import math
 import mmap
 import re
 import struct
-from collections.abc import Iterator
+from collections import Counter
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -22,9 +23,11 @@ from jaxserve.models.config import ModelConfig
 MAGIC = b"GGUF"
 MAX_METADATA_ENTRIES = 1 << 16
 MAX_TENSORS = 1 << 16
-MAX_ARRAY_LENGTH = 1 << 24
+MAX_ARRAY_LENGTH = 1 << 22
 MAX_STRING_BYTES = 1 << 24
+MAX_METADATA_BYTES = 1 << 26  # several times what the largest vocabularies take
 MAX_DIMENSIONS = 4
+PIECE_SIZE = 1 << 19  # numbers dequantized at once: what the processor's cache holds
 SCALARS = {
     0: "<B",
     1: "<b",
@@ -81,31 +84,31 @@ def read_gguf_metadata(path: Path) -> dict[str, Any]:
 
 
 class GGUFCheckpoint:
-    """The tensors of a GGUF file under Hugging Face's names, in float32."""
+    """The tensors of a GGUF file under Hugging Face's names, dequantized to float32 as they are read."""
 
     def __init__(self, path: Path) -> None:
         import gguf  # imports numpy tables: only where a GGUF file is read
 
         self._path = path
-        header = _Header(path)
-        self._infos: dict[str, TensorInfo] = {}
-        tensors = {info.name: info for info in header.tensors}
-        for info in header.tensors:
-            if info.name != ROPE_FREQS:
-                self._infos[_hugging_face_name(info.name)] = info
         self._types = {value.value: value for value in gguf.GGMLQuantizationType}
-        self._sizes = gguf.GGML_QUANT_SIZES
-        self._data = np.memmap(path, mode="r")
+        self._blocks = gguf.GGML_QUANT_SIZES
+        header = _Header(path)
+        file_bytes = path.stat().st_size
+        self._infos: dict[str, TensorInfo] = {}
         for info in header.tensors:
-            self._check(info)
-        factors = None
-        if ROPE_FREQS in tensors:
-            factors = tuple(float(x) for x in self._dequantize(tensors[ROPE_FREQS]))
+            name = _hugging_face_name(info.name)
+            if name in self._infos:
+                raise ModelLoadError(f"{path} has the tensor {info.name!r:.200} twice.")
+            self._check(info, file_bytes)
+            self._infos[name] = info
+        rope_freqs = self._infos.pop(ROPE_FREQS, None)
         self._config = ModelConfig.from_gguf(
             header.metadata,
-            tied="output.weight" not in tensors,
-            attention_bias="blk.0.attn_q.bias" in tensors,
-            frequency_factors=factors,
+            tied="lm_head.weight" not in self._infos,
+            attention_bias="model.layers.0.self_attn.q_proj.bias" in self._infos,
+            mlp_bias="model.layers.0.mlp.gate_proj.bias" in self._infos,
+            frequency_factors=None if rope_freqs is None else self._read_factors(rope_freqs),
+            dtype=self._dtype(),
         )
 
     @property
@@ -115,46 +118,67 @@ class GGUFCheckpoint:
     def shapes(self) -> dict[str, tuple[int, ...]]:
         return {name: info.shape for name, info in self._infos.items()}
 
-    def tensors(self) -> Iterator[tuple[str, npt.NDArray[Any]]]:
-        for name, info in self._infos.items():
-            tensor = self._dequantize(info)
-            if ".q_proj." in name:
-                tensor = _unpermute(tensor, self._config.num_heads)
-            elif ".k_proj." in name:
-                tensor = _unpermute(tensor, self._config.num_kv_heads)
-            yield name, tensor
+    def read_into(self, name: str, out: npt.NDArray[Any]) -> None:
+        info, head_dim = self._infos[name], self._config.head_dim
+        permuted = ".self_attn.q_proj." in name or ".self_attn.k_proj." in name
+        num_rows, *row_shape = info.shape
+        step = num_rows  # of one dimension: a single row, which holds blocks that cannot be cut
+        if row_shape:
+            unit = head_dim if permuted else 1
+            step = max(1, PIECE_SIZE // (math.prod(row_shape) * unit)) * unit
+        with self._path.open("rb") as file:
+            file.seek(info.offset)
+            for start in range(0, num_rows, step):
+                count = min(step, num_rows - start)
+                piece = self._dequantize(file, info, (count, *row_shape))
+                out[start : start + count] = _unpermute(piece, head_dim) if permuted else piece
 
-    def _num_bytes(self, info: TensorInfo) -> int:
-        block, block_bytes = self._sizes[self._types[info.type]]
-        return int(np.prod(info.shape, dtype=np.int64)) // int(block) * int(block_bytes)
+    def _dequantize(
+        self, file: BinaryIO, info: TensorInfo, shape: tuple[int, ...]
+    ) -> npt.NDArray[np.float32]:
+        """The next rows of a tensor, as many as `shape` has."""
+        from gguf.quants import dequantize
 
-    def _check(self, info: TensorInfo) -> None:
+        raw = np.fromfile(file, np.uint8, self._num_bytes(info, shape))
+        if raw.size < self._num_bytes(info, shape):
+            raise ModelLoadError(f"{self._path} ended while {info.name!r:.200} was being read.")
+        rows = dequantize(raw.reshape(*shape[:-1], -1), self._types[info.type])
+        return np.asarray(rows, np.float32).reshape(shape)
+
+    def _num_bytes(self, info: TensorInfo, shape: tuple[int, ...]) -> int:
+        block, block_bytes = self._blocks[self._types[info.type]]
+        return math.prod(shape) // int(block) * int(block_bytes)
+
+    def _check(self, info: TensorInfo, file_bytes: int) -> None:
         kind = self._types.get(info.type)
         if kind is None or kind.name not in SUPPORTED_TYPES:
             shown = info.type if kind is None else kind.name
             raise ModelLoadError(
-                f"{self._path}: the tensor {info.name} is of type {shown}; supported are {', '.join(SUPPORTED_TYPES)}."
+                f"{self._path}: the tensor {info.name!r:.200} is of type {shown}; "
+                f"supported are {', '.join(SUPPORTED_TYPES)}."
             )
-        if info.shape[-1] % self._sizes[kind][0]:
+        if info.shape[-1] % self._blocks[kind][0]:
             raise ModelLoadError(
-                f"{self._path}: the tensor {info.name} has rows of {info.shape[-1]}, no whole blocks."
+                f"{self._path}: the tensor {info.name!r:.200} has rows of {info.shape[-1]}, no whole blocks."
             )
-        end = info.offset + self._num_bytes(info)
-        if end > len(self._data):
+        end = info.offset + self._num_bytes(info, info.shape)
+        if end > file_bytes:
             raise ModelLoadError(
-                f"{self._path} is truncated: the tensor {info.name} ends {end - len(self._data):,} bytes beyond it."
+                f"{self._path} is truncated: the tensor {info.name!r:.200} ends {end - file_bytes:,} bytes beyond it."
             )
 
-    def _dequantize(self, info: TensorInfo) -> npt.NDArray[np.float32]:
-        from gguf.quants import dequantize
+    def _read_factors(self, info: TensorInfo) -> tuple[float, ...]:
+        with self._path.open("rb") as file:
+            file.seek(info.offset)
+            return tuple(self._dequantize(file, info, info.shape).reshape(-1).tolist())
 
-        kind = self._types[info.type]
-        raw = self._data[info.offset : info.offset + self._num_bytes(info)]
-        if kind.name in ("F32", "F16"):
-            plain = np.frombuffer(raw.tobytes(), np.dtype(f"<f{self._sizes[kind][1]}"))
-            return plain.reshape(info.shape).astype(np.float32, copy=False)
-        rows = raw.reshape(*info.shape[:-1], -1)
-        return np.asarray(dequantize(rows, kind), np.float32).reshape(info.shape)
+    def _dtype(self) -> str:
+        """That of most weights; bfloat16 for quantized ones, which have none of their own."""
+        sizes: Counter[str] = Counter()
+        for info in self._infos.values():
+            sizes[self._types[info.type].name] += math.prod(info.shape)
+        most = max(sizes, key=lambda name: sizes[name], default="F32")
+        return {"F32": "float32", "F16": "float16"}.get(most, "bfloat16")
 
 
 def _hugging_face_name(name: str) -> str:
@@ -166,10 +190,14 @@ def _hugging_face_name(name: str) -> str:
     return f"{NAMES[base]}.{kind}" if base in NAMES else name
 
 
-def _unpermute(tensor: npt.NDArray[np.float32], num_heads: int) -> npt.NDArray[np.float32]:
-    """llama.cpp interleaves the two halves of every head's rotary dimensions; Hugging Face keeps them apart."""
-    pairs = tensor.reshape(num_heads, tensor.shape[0] // num_heads // 2, 2, *tensor.shape[1:])
-    return pairs.swapaxes(1, 2).reshape(tensor.shape)
+def _unpermute(rows: npt.NDArray[np.float32], head_dim: int) -> npt.NDArray[np.float32]:
+    """llama.cpp interleaves the two halves of every head's rotary dimensions; Hugging Face keeps them apart.
+
+    Args:
+        rows: [heads * D, …] of any number of whole heads.
+    """
+    pairs = rows.reshape(-1, head_dim // 2, 2, *rows.shape[1:])
+    return pairs.swapaxes(1, 2).reshape(rows.shape)
 
 
 class _Header:
@@ -184,7 +212,9 @@ class _Header:
                 self._parse()
         except FileNotFoundError as error:
             raise ModelLoadError(f"{path} is missing.") from error
-        except (struct.error, ValueError) as error:  # ValueError: an empty file, or text that is no UTF-8
+        except OSError as error:
+            raise ModelLoadError(f"{path} cannot be read: {error.strerror}.") from error
+        except (struct.error, ValueError) as error:  # ValueError: an empty file cannot be mapped
             raise ModelLoadError(f"{path} is truncated or no GGUF file.") from error
 
     def _parse(self) -> None:
@@ -202,6 +232,10 @@ class _Header:
         for _ in range(num_entries):
             key = self._string()
             self.metadata[key] = self._value(self._scalar("<I"))
+            if self._position > MAX_METADATA_BYTES:
+                raise ModelLoadError(
+                    f"{self._path}: more than {MAX_METADATA_BYTES:,} bytes of metadata: corrupt."
+                )
         tensors = [self._tensor_info() for _ in range(num_tensors)]
         alignment = self.metadata.get("general.alignment", 32)
         if not isinstance(alignment, int) or not 1 <= alignment <= 1 << 20:
@@ -214,12 +248,12 @@ class _Header:
         num_dimensions = self._scalar("<I")
         if not 1 <= num_dimensions <= MAX_DIMENSIONS:
             raise ModelLoadError(
-                f"{self._path}: the tensor {name:.100} has {num_dimensions} dimensions: corrupt."
+                f"{self._path}: the tensor {name!r:.200} has {num_dimensions} dimensions: corrupt."
             )
         # ggml lists the fastest dimension first
         shape = tuple(self._scalar("<Q") for _ in range(num_dimensions))[::-1]
         if not all(1 <= size <= 1 << 32 for size in shape):
-            raise ModelLoadError(f"{self._path}: the tensor {name:.100} has the shape {shape}: corrupt.")
+            raise ModelLoadError(f"{self._path}: the tensor {name!r:.200} has the shape {shape}: corrupt.")
         return TensorInfo(name, shape, self._scalar("<I"), self._scalar("<Q"))
 
     def _value(self, kind: int) -> Any:
