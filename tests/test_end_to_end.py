@@ -173,19 +173,17 @@ def test_a_hundred_disconnects_leave_nothing_behind(server: ServerProcess) -> No
     for i in range(100):
         body = {
             "model": MODEL,
-            "prompt": "word " * rng.randrange(1, 600),
+            "prompt": "word " * rng.randrange(1, 200),
             "max_tokens": 300,
             "stream": bool(i % 2),
         }
         payload = json.dumps({**body, "ignore_eos": True}).encode()
-        head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(payload)}\r\n\r\n"
+        head = "POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+        head += f"Content-Length: {len(payload)}\r\n\r\n"
         connection = socket.create_connection(("127.0.0.1", server.port))
         connection.sendall(head.encode() + payload)
         sockets.append(connection)
         if len(sockets) == 10:
-            if i % 20 == 9:
-                sockets[-2].settimeout(10)
-                sockets[-2].recv(1) if i % 2 else None
             for j, one in enumerate(sockets):
                 if j % 3 == 0:
                     one.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")  # reset
