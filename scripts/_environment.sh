@@ -3,6 +3,7 @@
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 venv=${JAXSERVE_VENV:-$root/.venv}
+pyenv=${PYENV_ROOT:-~/.pyenv} # its interpreters count even where none of them is the active one
 
 usable() { # usable PYTHON: it is at least 3.11 and can make environments (Debian packs that part separately)
   "$1" -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null
@@ -15,7 +16,7 @@ find_python() { # the interpreter to use
     echo "PYTHON=$PYTHON is not a Python of at least 3.11 with the modules venv and ensurepip." >&2
     return 1
   fi
-  for candidate in python3.12 python3.11 python3.13 python3 "$HOME"/.pyenv/versions/3.1[1-9]*/bin/python3; do
+  for candidate in python3.12 python3.11 python3.13 python3 "$pyenv"/versions/3.1[1-9]*/bin/python3; do
     usable "$candidate" && command -v "$candidate" && return
   done
   echo "jaxserve needs Python 3.11 or newer with the modules venv and ensurepip (Debian, Ubuntu: apt install" \
