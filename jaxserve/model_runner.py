@@ -110,6 +110,7 @@ class ModelRunner:
         guess = self._num_blocks(program_bytes=PROGRAM_BYTES_GUESS)
         self.limits = self._limits(guess)  # what cannot work is said before anything is loaded
         self._programs: dict[int, jax.stages.Compiled] = {}
+        self._all_logits: jax.stages.Wrapped | None = None
         with ThreadPoolExecutor(COMPILE_THREADS + 1, thread_name_prefix="startup") as pool:
             started = time.monotonic()
             loading = pool.submit(self._load, checkpoint, report)
@@ -149,11 +150,12 @@ class ModelRunner:
         sequence.block_table = list(range(1, 1 + _ceil_div(len(sequence), self.block_size)))
         chunks = []
         shape = self._step_shape(self.buckets[-1])
-        program = jax.jit(make_all_logits(self._definition, shape), donate_argnums=1)
+        if self._all_logits is None:
+            self._all_logits = jax.jit(make_all_logits(self._definition, shape), donate_argnums=1)
         while sequence.num_uncomputed_tokens:
             num_tokens = min(sequence.num_uncomputed_tokens, shape.num_tokens)
             packed = pack_step(StepPlan([ScheduledRow(sequence, num_tokens, [])]), shape, self.block_size)
-            logits, self._kv_pools = program(self._leaves, self._kv_pools, jnp.asarray(packed))
+            logits, self._kv_pools = self._all_logits(self._leaves, self._kv_pools, jnp.asarray(packed))
             chunks.append(np.asarray(logits[:num_tokens]))
             sequence.num_computed_tokens += num_tokens
         return np.concatenate(chunks)
