@@ -21,7 +21,7 @@ def open_checkpoint(path: Path, load_format: LoadFormat) -> Checkpoint:
     Raises:
         ModelLoadError: it is not what `load_format` says, or broken; one line that names the file.
     """
-    is_gguf = path.suffix == ".gguf"
+    is_gguf = path.suffix == ".gguf" and not path.is_dir()
     match load_format:
         case "dummy":
             return DummyCheckpoint(

@@ -80,17 +80,20 @@ def load_params(
         param, row, shape = slots[name]
         if param not in buffers:
             buffers[param] = _empty(param_shapes[param], dtype)
-        rows = buffers[param][row : row + shape[0]]
-        with np.errstate(over="ignore", invalid="ignore"):  # looked for below, where the tensor has a name
-            checkpoint.read_into(name, rows)
-        if dtype == np.float16 and not np.isfinite(rows).all():
-            raise ModelLoadError(
-                f"The tensor {name} has values beyond float16's range: use --dtype bfloat16."
-            )
+        _read(
+            checkpoint, name, buffers[param][row : row + shape[0]]
+        )  # no name here keeps a placed buffer alive
         remaining[param] -= 1
         if remaining[param] == 0:
             placed[param] = place(param, buffers.pop(param))
     return placed
+
+
+def _read(checkpoint: Checkpoint, name: str, out: Array) -> None:
+    with np.errstate(over="ignore", invalid="ignore"):  # looked for here, where the tensor has a name
+        checkpoint.read_into(name, out)
+    if out.dtype == np.float16 and not np.isfinite(out).all():
+        raise ModelLoadError(f"The tensor {name} has values beyond float16's range: use --dtype bfloat16.")
 
 
 def _empty(shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
