@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import fcntl
 import logging
 import os
 import resource
 import socket
 import ssl
 import stat
+import termios
+from array import array
 
 from hypercorn.asyncio.tcp_server import TCPServer
 from hypercorn.asyncio.worker_context import WorkerContext
@@ -224,7 +228,7 @@ class _StallWatch:
             self._timer.cancel()
 
     def _check(self) -> None:
-        left = self._transport.get_write_buffer_size()
+        left = _unread_bytes(self._transport)
         now = self._loop.time()
         if self._least_left is None or left < self._least_left:
             self._least_left, self._progress_at = left, now
@@ -232,6 +236,19 @@ class _StallWatch:
             self._transport.abort()
             return
         self._timer = self._loop.call_later(self._timeout_s / 4, self._check)
+
+
+def _unread_bytes(transport: asyncio.WriteTransport) -> int:
+    """Written and not yet taken by the client's system. The transport's own buffer is not enough: the system's
+    may hold megabytes, and takes more only once a third of them has gone."""
+    unread = transport.get_write_buffer_size()
+    own = transport.get_extra_info("socket")
+    if own is not None and own.fileno() >= 0:
+        queued = array("i", [0])
+        with contextlib.suppress(OSError):  # a system that cannot tell
+            fcntl.ioctl(own.fileno(), termios.TIOCOUTQ, queued)
+        unread += queued[0]
+    return unread
 
 
 def _allow_open_files(wanted: int) -> None:
