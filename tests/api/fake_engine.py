@@ -84,6 +84,7 @@ class FakeEngineClient:
     Attributes:
         submitted: every request, in order.
         aborted: every call of `abort`, in order.
+        fixed_load: if set, `load` is this.
         error: if set, `check_serving` and `submit` raise it.
     """
 
@@ -92,6 +93,7 @@ class FakeEngineClient:
         self.submitted: list[AddRequest] = []
         self.aborted: list[tuple[str, list[int] | None]] = []
         self.error: EngineError | None = None
+        self.fixed_load: EngineLoad | None = None
         self.stats = EngineStats()
         self._info = info or fake_info()
         self._streams: dict[str, FakeRequestStream] = {}
@@ -109,6 +111,8 @@ class FakeEngineClient:
 
     @property
     def load(self) -> EngineLoad:
+        if self.fixed_load is not None:
+            return self.fixed_load
         live = self.live
         return EngineLoad(len(live), 0, sum(len(indices) for indices in live.values()))
 
