@@ -17,7 +17,7 @@ from array import array
 from hypercorn.asyncio.tcp_server import TCPServer
 from hypercorn.asyncio.worker_context import WorkerContext
 from hypercorn.config import Config
-from hypercorn.events import Event
+from hypercorn.events import Closed, Event
 from hypercorn.utils import wrap_app
 from quart import Quart
 
@@ -28,6 +28,7 @@ MAX_HEADER_BYTES = 16 << 10  # while it arrives
 KEEP_ALIVE_S = 20.0  # longer than SDKs keep idle connections (5 s), so that it is they who close them
 KEEPALIVE_IDLE_S = 60  # a client whose machine vanished is noticed, also while it waits in the queue
 TLS_HANDSHAKE_S = 10.0
+LINGER_S = 2.0  # for a client to take in its answer and close
 FAREWELL_S = 1.0  # for the last bytes of connections when the server ends
 BACKLOG = 1024
 SPARE_CONNECTIONS = 64  # beyond --max-connections: enough to answer them with 503
@@ -193,16 +194,33 @@ class _Connection(TCPServer):  # type: ignore[misc]
     def __init__(self, *args: object, stall_timeout_s: float) -> None:
         super().__init__(*args)
         self._stall_timeout_s = stall_timeout_s
+        self._lingering: asyncio.TimerHandle | None = None
 
     async def _read_data(self) -> None:
         await super()._read_data()
         await self.idle_task.stop()  # else the connection would stay open for the rest of KEEP_ALIVE_S
 
     async def protocol_send(self, event: Event) -> None:
+        if isinstance(event, Closed) and self.writer.can_write_eof() and not self.reader.at_eof():
+            self._linger()
+            return
         with _StallWatch(self.writer.transport, self._stall_timeout_s):
             await super().protocol_send(event)
 
+    def _linger(self) -> None:
+        """Say that nothing more will come, and read on until the client closes, too: closing with bytes of a
+        refused body unread would make the client's system throw away the answer."""
+        if self._lingering is None and not self.writer.is_closing():
+            self.writer.write_eof()
+            self._lingering = asyncio.get_running_loop().call_later(LINGER_S, self._stop_reading)
+
+    def _stop_reading(self) -> None:
+        self.writer.transport.pause_reading()
+        self.reader.feed_eof()
+
     async def _close(self) -> None:
+        if self._lingering is not None:
+            self._lingering.cancel()
         with _StallWatch(self.writer.transport, self._stall_timeout_s):
             await super()._close()
 

@@ -91,7 +91,7 @@ def _check_media_type() -> None:
 
 def _depth_exceeds(value: Any, limit: int) -> bool:
     """Level by level, so that no recursion limit is in the way."""
-    level = [value]
+    level = [value] if isinstance(value, dict | list) else []
     for _ in range(limit):
         level = [
             child

@@ -10,6 +10,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
 
+import httpx
 import pytest
 
 from jaxserve.errors import EngineDeadError
@@ -145,6 +146,31 @@ def bulky(request: AddRequest, num_tokens: int, **more: Any) -> SequenceOutput:
     return SequenceOutput(request.request_id, 0, [120] * num_tokens, logprobs=logprobs, **more)
 
 
+async def test_a_client_that_sends_all_of_its_large_body_sees_the_413(
+    tokenizer: Tokenizer, engine: FakeEngineClient
+) -> None:
+    async with (
+        serving(make_context(tokenizer, engine, port=0)) as server,
+        httpx.AsyncClient(base_url=server.url) as client,
+    ):
+        for _ in range(3):
+            refused = await client.post("/v1/completions", content=b" " * 8_000_000)
+            assert (refused.status_code, refused.json()["error"]["code"]) == (413, "request_too_large")
+
+
+async def test_a_refused_client_that_neither_closes_nor_stops_sending_is_cut_off(
+    tokenizer: Tokenizer, engine: FakeEngineClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("jaxserve.api.http_server.LINGER_S", 0.1)
+    async with serving(make_context(tokenizer, engine, port=0)) as server:
+        reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
+        writer.write(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 5000000000\r\n\r\n")
+        assert (await read_response(reader)).status == 413
+        writer.write(b"x" * 100_000)
+        await until(lambda: server.http.num_connections == 0)
+        writer.close()
+
+
 @pytest.mark.parametrize("streamed", [True, False], ids=["stream", "whole"])
 async def test_a_client_that_does_not_read_is_aborted(
     tokenizer: Tokenizer, engine: FakeEngineClient, streamed: bool
@@ -170,7 +196,7 @@ async def test_a_client_that_does_not_read_is_aborted(
 async def test_a_client_that_reads_slowly_gets_everything(
     tokenizer: Tokenizer, engine: FakeEngineClient
 ) -> None:
-    async with serving(make_context(tokenizer, engine, port=0, stall_timeout_s=0.1)) as server:
+    async with serving(make_context(tokenizer, engine, port=0, stall_timeout_s=0.4)) as server:
         own = socket.socket()
         own.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 16)
         own.setblocking(False)
@@ -187,7 +213,7 @@ async def test_a_client_that_reads_slowly_gets_everything(
             data = await reader.read(1 << 14)
             assert data, f"cut off with {left:,} bytes to go"
             left -= len(data)
-            if asyncio.get_running_loop().time() - began < 0.5:  # five stall timeouts
+            if asyncio.get_running_loop().time() - began < 1:  # more than two stall timeouts
                 await asyncio.sleep(0.01)
         writer.close()
 
