@@ -7,6 +7,7 @@ a slow reader on the other side never delays a step. The process ends when the s
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import logging
 import os
@@ -37,6 +38,7 @@ from jaxserve.messages import (
 )
 
 logger = logging.getLogger("jaxserve.engine")
+PR_SET_PDEATHSIG = 1  # <sys/prctl.h>
 
 
 class Connection:
@@ -141,9 +143,17 @@ def _refusal(request: AddRequest, error: RequestError, stats: Any) -> StepOutput
     return StepOutputs(outputs=outputs, stats=stats)
 
 
+def _end_with_parent() -> None:
+    """Have Linux kill this process when its parent dies: the end of the socket says so, too, but only to a
+    thread that gets to run."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
 def main() -> int:
     """Entry point; the exit status is 0 after Shutdown, 2 for a wrong model or flag, 1 for a defect."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the API process, which drains
+    _end_with_parent()
     logging.basicConfig(
         stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s"
     )
