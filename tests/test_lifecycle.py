@@ -64,12 +64,15 @@ def test_sigterm_lets_running_requests_finish_and_refuses_new_ones(start: Any) -
     ):
         received = events(response.iter_lines())
         next(received)
+        engine = server.engine
+        engine.suspend()  # so that the request is still running when the last question is asked
         server.process.send_signal(signal.SIGTERM)
         refused = server.wait_for_status("/health/ready", 503)
         assert refused.json()["error"]["code"] == "draining"
         assert int(refused.headers["Retry-After"]) >= 1
         late = server.post("/v1/completions", STREAM)
         assert (late.status_code, late.json()["error"]["code"]) == (503, "draining")
+        engine.resume()
         rest = list(received)
         assert rest[-1] == "[DONE]"
         assert json.loads(rest[-2])["choices"][0]["finish_reason"] == "length"
