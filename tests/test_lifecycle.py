@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -56,16 +57,13 @@ def events(lines: Iterator[str]) -> Iterator[str]:
 
 
 def test_sigterm_lets_running_requests_finish_and_refuses_new_ones(start: Any) -> None:
-    with (
-        start() as server,
-        httpx.stream(
-            "POST", f"{server.url}/v1/completions", json=STREAM | {"max_tokens": 200}, timeout=60
-        ) as response,
-    ):
-        received = events(response.iter_lines())
-        next(received)
+    with start() as server, ThreadPoolExecutor(1) as executor:
         engine = server.engine
-        engine.suspend()  # so that the request is still running when the last question is asked
+        engine.suspend()  # so that the request is accepted and cannot end before all questions are asked
+        running = executor.submit(server.post, "/v1/completions", STREAM | {"max_tokens": 50})
+        deadline = time.monotonic() + 10
+        while server.get("/load").json()["server_load"] == 0:
+            assert time.monotonic() < deadline
         server.process.send_signal(signal.SIGTERM)
         refused = server.wait_for_status("/health/ready", 503)
         assert refused.json()["error"]["code"] == "draining"
@@ -73,9 +71,9 @@ def test_sigterm_lets_running_requests_finish_and_refuses_new_ones(start: Any) -
         late = server.post("/v1/completions", STREAM)
         assert (late.status_code, late.json()["error"]["code"]) == (503, "draining")
         engine.resume()
-        rest = list(received)
-        assert rest[-1] == "[DONE]"
-        assert json.loads(rest[-2])["choices"][0]["finish_reason"] == "length"
+        received = list(events(iter(running.result(30).text.splitlines())))
+        assert received[-1] == "[DONE]"
+        assert json.loads(received[-2])["choices"][0]["finish_reason"] == "length"
         assert server.process.wait(20) == 0
 
 
