@@ -9,7 +9,7 @@ from typing import Any
 
 import orjson
 from quart import request
-from werkzeug.exceptions import RequestEntityTooLarge, RequestTimeout
+from werkzeug.exceptions import RequestEntityTooLarge
 
 from jaxserve.api.context import server_context
 from jaxserve.api.errors import invalid_json, request_timeout, request_too_large, unsupported_media_type
@@ -33,11 +33,15 @@ async def read_json_object() -> dict[str, Any]:
     if request.content_length is not None and request.content_length > limit:
         raise request_too_large(limit)
     try:
-        raw = bytes(await request.get_data(cache=False, as_text=False))  # type: ignore[arg-type]
+        # get_data() waits with wait_for(), which on Python 3.11 loses a cancellation that comes together with the
+        # result: a client that closes right behind its body would be served to the end
+        async with asyncio.timeout(request.body_timeout):
+            raw = bytes(await request.body)
     except RequestEntityTooLarge as error:
         raise request_too_large(limit) from error
-    except RequestTimeout as error:
+    except TimeoutError as error:
         raise request_timeout("The request body did not arrive in time.") from error
+    request.body.clear()
     if len(raw) < LARGE_BODY_BYTES:
         return parse_json_object(raw)
     executor = server_context().executor

@@ -13,6 +13,7 @@ from typing import Any
 import httpx
 import pytest
 
+from jaxserve.api.app import create_app
 from jaxserve.errors import EngineDeadError
 from jaxserve.messages import AddRequest, SequenceOutput
 from jaxserve.tokenizer import Tokenizer
@@ -114,6 +115,29 @@ async def test_a_client_that_goes_away_aborts_its_request_at_once(
         assert server.context.admission.num_requests == 0
         assert server.context.num_open_requests == 0
         writer.close()
+
+
+async def test_a_client_that_closes_right_behind_its_body_is_not_served(
+    tokenizer: Tokenizer, engine: FakeEngineClient
+) -> None:
+    context = make_context(tokenizer, engine, port=0)
+    app = create_app(context)
+    events = [{"type": "http.request", "body": json.dumps(BODY).encode()}, {"type": "http.disconnect"}]
+    scope = {
+        "type": "http", "http_version": "1.1", "method": "POST", "scheme": "http", "path": "/v1/completions",
+        "raw_path": b"/v1/completions", "query_string": b"", "headers": [(b"host", b"x")],
+    }  # fmt: skip
+
+    async def receive() -> dict[str, Any]:
+        return events.pop(0)
+
+    async def send(message: object) -> None:
+        pytest.fail(f"sent {message}")
+
+    async with app.test_app():
+        await asyncio.wait_for(app(scope, receive, send), 2)  # type: ignore[arg-type]
+    assert len(engine.submitted) == len(engine.aborted)
+    assert context.admission.num_requests == 0
 
 
 async def test_an_idle_connection_that_its_client_closes_is_gone(
