@@ -263,13 +263,10 @@ def prompt_logits(config: EngineConfig, prompts: list[list[int]]) -> list[npt.ND
 
 
 def _resolve_dtype(config: EngineConfig, model: ModelConfig, device: jax.Device) -> jnp.dtype:
-    """auto: the checkpoint's, but float32 on CPU, where bfloat16 steps have been seen to give wrong tokens
-    while float32 ones equal transformers, and bfloat16 for float16 checkpoints on TPU."""
+    """auto: the checkpoint's, but bfloat16 for float16 checkpoints on devices without fast float16."""
     if config.dtype != "auto":
         return jnp.dtype(config.dtype)
-    if device.platform == "cpu":
-        return jnp.dtype("float32")
-    if model.dtype == "float16" and device.platform == "tpu":
+    if model.dtype == "float16" and device.platform in ("cpu", "tpu"):
         return jnp.dtype("bfloat16")
     return jnp.dtype(model.dtype)
 

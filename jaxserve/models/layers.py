@@ -28,7 +28,7 @@ def matmul(x: jax.Array, weight: jax.Array) -> jax.Array:
 
 
 class Linear(nnx.Module):
-    """x [T, in] → [T, out] in x's dtype."""
+    """x [T, in] → [T, out] in float32, as the product was accumulated: who uses it rounds it, once."""
 
     def __init__(self, in_features: int, out_features: int, *, bias: bool, dtype: jnp.dtype) -> None:
         self.weight = nnx.Param(jnp.zeros((out_features, in_features), dtype))
@@ -38,7 +38,7 @@ class Linear(nnx.Module):
         out = matmul(x, self.weight[...])
         if self.bias is not None:
             out += self.bias[...].astype(jnp.float32)
-        return out.astype(x.dtype)
+        return out
 
 
 class Embedding(nnx.Module):
@@ -52,25 +52,25 @@ class Embedding(nnx.Module):
 
 
 class RMSNorm(nnx.Module):
-    """Root-mean-square normalization (Zhang & Sennrich 2019), computed in float32."""
+    """Root-mean-square normalization (Zhang & Sennrich 2019): float32 [T, E] → the weight's dtype."""
 
     def __init__(self, features: int, *, eps: float, dtype: jnp.dtype) -> None:
         self.weight = nnx.Param(jnp.zeros((features,), dtype))
         self.eps = eps
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        y = x.astype(jnp.float32)
-        y = y * lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + self.eps)
-        return self.weight[...] * y.astype(x.dtype)
+        weight = self.weight[...]
+        y = x * lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + self.eps)
+        return (weight.astype(jnp.float32) * y).astype(weight.dtype)
 
 
 def rotary_embedding(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
     """Rotate pairs (i, i + D/2) of every head (RoPE, Su et al. 2021, in the half-split form of Llama).
 
     Args:
-        x: [T, heads, D].
+        x: [T, heads, D] float32.
         cos, sin: [T, D/2] float32.
     """
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    first, second = jnp.split(x, 2, axis=-1)
     cos, sin = cos[:, None], sin[:, None]
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)

@@ -36,11 +36,11 @@ class Attention(nnx.Module):
         c = self.config
         T, H, K, D = x.shape[0], c.num_heads, c.num_kv_heads, c.head_dim
         qkv = self.qkv_proj(x).reshape(T, H + 2 * K, D)
-        rotated = rotary_embedding(qkv[:, : H + K], cos, sin)
+        rotated = rotary_embedding(qkv[:, : H + K], cos, sin).astype(x.dtype)
         out, kv_pool = paged_attention(
             rotated[:, :H],
             rotated[:, H:],
-            qkv[:, H + K :],
+            qkv[:, H + K :].astype(x.dtype),
             kv_pool,
             metadata,
             scale=D**-0.5,
@@ -59,7 +59,7 @@ class MLP(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         gate, up = jnp.split(self.gate_up_proj(x), 2, axis=-1)
-        return self.down_proj(jax.nn.silu(gate) * up)
+        return self.down_proj((jax.nn.silu(gate) * up).astype(x.dtype))
 
 
 class DecoderLayer(nnx.Module):
@@ -110,7 +110,8 @@ class Llama(nnx.Module):
         inv_freq, rope_scale = rope_frequencies(self.config, self.max_model_len)
         angles = positions.astype(jnp.float32)[:, None] * jnp.asarray(inv_freq)
         cos, sin = jnp.cos(angles) * rope_scale, jnp.sin(angles) * rope_scale
-        x = self.embed_tokens(token_ids)
+        # the residual stream stays in float32: sums of 2 · num_layers roundings would be most of the error
+        x = self.embed_tokens(token_ids).astype(jnp.float32)
         new_pools = []
         for layer, kv_pool in zip(self.layers, kv_pools, strict=True):
             x, updated = layer(x, cos, sin, kv_pool, metadata)
