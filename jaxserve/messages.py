@@ -20,7 +20,7 @@ FinishReason = Literal["stop", "length", "abort", "error"]
 
 
 class AddRequest(msgspec.Struct, frozen=True, kw_only=True, tag="add"):
-    """One prompt, `params.n` sequences. `request_id` is unique among live requests."""
+    """One prompt, `params.num_sequences` sequences. `request_id` is unique among live requests."""
 
     request_id: str
     prompt_token_ids: list[int]
@@ -61,26 +61,31 @@ class EngineInfo(msgspec.Struct, frozen=True, kw_only=True, tag="ready"):
 
 
 class TopLogprobs(msgspec.Struct, frozen=True, array_like=True):
-    """Natural-log probabilities at one generated position."""
+    """Natural-log probabilities at one position."""
 
-    logprob: float  # of the token that was sampled
+    logprob: float  # of the token that is there
     rank: int  # 1 + number of strictly likelier tokens
     top_ids: list[int]  # the k most likely, descending
     top_logprobs: list[float]
 
 
 class SequenceOutput(msgspec.Struct, frozen=True, array_like=True, omit_defaults=True):
-    """What one step added to one sequence. A first output with no token says that it has been scheduled."""
+    """What one step added to one sequence. A first output with no token says that it has been scheduled.
+
+    Beam search gives each of its n results whole, best first, when it is over.
+    """
 
     request_id: str
     index: int
     token_ids: list[int]
     finish_reason: FinishReason | None = None
-    stop_reason: int | None = None  # the stop token id, where that is the reason
+    stop_reason: int | str | None = None  # the stop token's id; of beam search also the stop string
     logprobs: list[TopLogprobs] | None = None  # parallel to token_ids
     num_cached_tokens: int = 0  # prompt tokens whose KV came from the prefix cache
     scheduled_at: float | None = None  # with a sequence's first output: when it was first scheduled
     error: str | None = None  # with finish_reason "error": one line, safe to show
+    # of the next tokens of the prompt, from its second on; in outputs of index 0, before its first token
+    prompt_logprobs: list[TopLogprobs] | None = None
 
 
 class EngineStats(msgspec.Struct, frozen=True, array_like=True):
