@@ -28,6 +28,7 @@ MAX_SHOWN_CHARS = 100
 MAX_IGNORED_FIELDS = 64
 INT64_MIN, INT64_MAX = -(2**63), 2**63 - 1
 MAX_DOUBLE = sys.float_info.max
+JsonSchema = dict[str, Any]
 LIST = "an array"
 SAME = object()  # null means the same as absence
 
@@ -155,6 +156,10 @@ class Kind(ABC):
     def check(self, value: Any, at: str) -> None:  # noqa: B027  (a kind without a range checks nothing)
         """Raise `RequestError` if the converted value is out of range."""
 
+    @abstractmethod
+    def json_schema(self) -> JsonSchema:
+        """What `convert` and `check` let pass, as JSON Schema 2020-12."""
+
 
 @dataclass(frozen=True)
 class Boolean(Kind):
@@ -164,6 +169,9 @@ class Boolean(Kind):
         if value is True or value is False:
             return bool(value)
         raise wrong_type(at, self.expected, value)
+
+    def json_schema(self) -> JsonSchema:
+        return {"type": "boolean"}
 
 
 def as_integer(value: Any) -> int | None:
@@ -202,6 +210,10 @@ class Integer(Kind):
             text = f"an integer between {self.minimum} and {self.maximum}"
         return text + "".join(f", or {special}" for special in self.also)
 
+    def json_schema(self) -> JsonSchema:
+        within: JsonSchema = {"type": "integer", "minimum": self.minimum, "maximum": self.maximum}
+        return {"anyOf": [within, {"enum": list(self.also)}]} if self.also else within
+
 
 @dataclass(frozen=True, kw_only=True)
 class Number(Kind):
@@ -229,6 +241,11 @@ class Number(Kind):
             return f"greater than {self.minimum:g}" + ("" if unbounded else f" and at most {self.maximum:g}")
         return f"at least {self.minimum:g}" if unbounded else f"between {self.minimum:g} and {self.maximum:g}"
 
+    def json_schema(self) -> JsonSchema:
+        lower = "exclusiveMinimum" if self.above_minimum else "minimum"
+        bounds = {lower: max(self.minimum, -MAX_DOUBLE), "maximum": min(self.maximum, MAX_DOUBLE)}
+        return {"type": "number"} | bounds
+
 
 @dataclass(frozen=True, kw_only=True)
 class String(Kind):
@@ -255,6 +272,10 @@ class String(Kind):
             return f"a string of at least {self.min_length} characters" if self.min_length else "a string"
         return f"a string of {self.min_length} to {self.max_length} characters"
 
+    def json_schema(self) -> JsonSchema:
+        schema: JsonSchema = {"type": "string"} | _bounds("Length", self.min_length, self.max_length)
+        return schema if self.pattern is None else schema | {"pattern": f"^(?:{self.pattern.pattern})$"}
+
 
 @dataclass(frozen=True)
 class Enum(Kind):
@@ -272,6 +293,9 @@ class Enum(Kind):
     def check(self, value: str, at: str) -> None:
         if value not in self.choices:
             raise wrong_value(at, one_of(self.choices), value, code=self.code)
+
+    def json_schema(self) -> JsonSchema:
+        return {"type": "string", "enum": list(self.choices)}
 
 
 def one_of(choices: Sequence[str]) -> str:
@@ -309,6 +333,10 @@ class Strings(Kind):
         if self.distinct and len(set(value)) < len(value):
             raise RequestError(f"{at} must hold distinct strings.", param=at)
 
+    def json_schema(self) -> JsonSchema:
+        schema = array_schema(self.member.json_schema(), self.min_items, self.max_items)
+        return schema | {"uniqueItems": True} if self.distinct else schema
+
 
 @dataclass(frozen=True, kw_only=True)
 class TokenIds(Kind):
@@ -327,6 +355,9 @@ class TokenIds(Kind):
     def check(self, value: list[int], at: str) -> None:
         check_length(at, len(value), self.min_items, self.max_items, "token ids")
         check_token_ids(value, at, self.vocab_size)
+
+    def json_schema(self) -> JsonSchema:
+        return array_schema(token_id_schema(self.vocab_size), self.min_items, self.max_items)
 
 
 def to_integers(values: list[Any], at: str) -> list[int]:
@@ -359,6 +390,21 @@ def wrong_member(at: str, index: int, expected: str, value: object) -> RequestEr
     return error
 
 
+def token_id_schema(vocab_size: int) -> JsonSchema:
+    return {"type": "integer", "minimum": 0, "maximum": vocab_size - 1}
+
+
+def array_schema(members: JsonSchema, minimum: int = 0, maximum: int | None = None) -> JsonSchema:
+    """Of an array of `minimum` to `maximum` members."""
+    return {"type": "array", "items": members} | _bounds("Items", minimum, maximum)
+
+
+def _bounds(of: str, minimum: int, maximum: int | None) -> JsonSchema:
+    """`minItems`, `maxLength` and the like, as far as they say anything."""
+    bounds = {f"min{of}": minimum or None, f"max{of}": maximum}
+    return {name: bound for name, bound in bounds.items() if bound is not None}
+
+
 def check_length(at: str, length: int, minimum: int, maximum: int | None, members: str) -> None:
     if maximum is not None and length > maximum:
         raise RequestError(f"{at} may hold at most {maximum:,} {members}, got {length:,}.", param=at)
@@ -389,6 +435,9 @@ class Array(Kind):
         for i, member in enumerate(value):
             self.member.check(member, f"{at}[{i}]")
 
+    def json_schema(self) -> JsonSchema:
+        return array_schema(self.member.json_schema(), self.min_items, self.max_items)
+
 
 @dataclass(frozen=True, kw_only=True)
 class StringMap(Kind):
@@ -407,6 +456,10 @@ class StringMap(Kind):
 
     def check(self, value: dict[str, str], at: str) -> None:
         check_length(at, len(value), 0, self.max_items, "pairs")
+
+    def json_schema(self) -> JsonSchema:
+        strings = {"type": "object", "additionalProperties": {"type": "string"}}
+        return strings | _bounds("Properties", 0, self.max_items)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -428,6 +481,12 @@ class FreeObject(Kind):
                 path = join(at, key)
                 raise RequestError(f"{path} is reserved and cannot be set.", param=path)
 
+    def json_schema(self) -> JsonSchema:
+        if not self.reserved:
+            return {"type": "object"}
+        taken = [{"enum": sorted(self.reserved)}, {"pattern": "^_"}]
+        return {"type": "object", "propertyNames": {"not": {"anyOf": taken}}}
+
 
 @dataclass(frozen=True)
 class Anything(Kind):
@@ -437,6 +496,9 @@ class Anything(Kind):
 
     def convert(self, value: Any, at: str, unknown: UnknownFields) -> Any:
         return value
+
+    def json_schema(self) -> JsonSchema:
+        return {}
 
 
 def refuse_huge_integers(value: Any, at: str) -> None:
@@ -472,6 +534,9 @@ class ByType(Kind):
     def check(self, value: Any, at: str) -> None:
         json_class = dict if isinstance(value, Values) else type(value)
         self.kinds[json_class].check(value, at)
+
+    def json_schema(self) -> JsonSchema:
+        return {"anyOf": [kind.json_schema() for kind in self.kinds.values()]}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -516,6 +581,24 @@ class Field:
     refusal: Refusal | None = None
     description: str = ""
 
+    @property
+    def is_served(self) -> bool:
+        """Whether some value other than null is accepted."""
+        return self.refusal is None or bool(self.refusal.neutral)
+
+    def json_schema(self) -> JsonSchema:
+        """Of the member's value, null included where that is the same as absence."""
+        accepted = self.kind.json_schema()
+        if self.refusal is not None:
+            values = self.refusal.neutral
+            accepted = {"enum": [value for i, value in enumerate(values) if value not in values[:i]]}
+        schema = accepted if self.required else {"anyOf": [accepted, {"type": "null"}]}
+        if self.default is not None:
+            schema["default"] = list(self.default) if isinstance(self.default, tuple) else self.default
+        if self.description:
+            schema["description"] = self.description
+        return schema
+
 
 @dataclass(frozen=True)
 class Table(Kind):
@@ -557,6 +640,16 @@ class Table(Kind):
                 if entry.refusal is not None:
                     entry.refusal.check(value[entry.name], path)
 
+    def json_schema(self) -> JsonSchema:
+        """Without the fields that are known but not served."""
+        served = [entry for entry in self.fields if entry.is_served]
+        return {
+            "type": "object",
+            "properties": {entry.name: entry.json_schema() for entry in served},
+            "required": [entry.name for entry in served if entry.required],
+            "additionalProperties": False,
+        }
+
 
 @dataclass(frozen=True)
 class Tagged(Kind):
@@ -584,3 +677,12 @@ class Tagged(Kind):
         if table is None:
             raise wrong_value(join(at, "type"), one_of(tuple(self.tables)), value["type"], code=self.code)
         table.check(value, at)
+
+    def json_schema(self) -> JsonSchema:
+        return {"oneOf": [self._member_schema(tag, table) for tag, table in self.tables.items()]}
+
+    @staticmethod
+    def _member_schema(tag: str, table: Table) -> JsonSchema:
+        schema = table.json_schema()
+        schema["properties"]["type"] = {"const": tag}
+        return schema

@@ -24,6 +24,7 @@ from jaxserve.api.fields import (
     Field,
     FreeObject,
     Integer,
+    JsonSchema,
     Kind,
     Number,
     Refusal,
@@ -35,6 +36,7 @@ from jaxserve.api.fields import (
     TokenIds,
     UnknownFields,
     Values,
+    array_schema,
     as_integer,
     check_length,
     check_token_ids,
@@ -43,6 +45,7 @@ from jaxserve.api.fields import (
     never,
     not_yet,
     to_integers,
+    token_id_schema,
     wrong_type,
 )
 from jaxserve.errors import RequestError
@@ -254,6 +257,11 @@ class PromptKind(Kind):
             if not isinstance(prompt, str):
                 check_token_ids(prompt, at if len(value) == 1 else f"{at}[{i}]", self.vocab_size)
 
+    def json_schema(self) -> JsonSchema:
+        text = {"type": "string", "minLength": 1}
+        ids = array_schema(token_id_schema(self.vocab_size), 1)
+        return {"anyOf": [text, array_schema(text, 1, MAX_PROMPTS), ids, array_schema(ids, 1, MAX_PROMPTS)]}
+
 
 @dataclass(frozen=True, kw_only=True)
 class LogitBias(Kind):
@@ -277,6 +285,15 @@ class LogitBias(Kind):
         self._refuse(f"has token ids outside the vocabulary of {self.vocab_size}", outside, at)
         too_large = [key for key, bias in value.items() if not -100 <= bias <= 100]
         self._refuse("must have values between -100 and 100; at fault", too_large, at)
+
+    def json_schema(self) -> JsonSchema:
+        """Their being in the vocabulary is beyond JSON Schema."""
+        return {
+            "type": "object",
+            "propertyNames": {"pattern": "^[0-9]{1,12}$"},
+            "additionalProperties": {"type": "number", "minimum": -100, "maximum": 100},
+            "maxProperties": MAX_LOGIT_BIASES,
+        }
 
     @staticmethod
     def _refuse(what: str, keys: list[str], at: str) -> None:
@@ -350,6 +367,13 @@ class MessageKind(Kind):
 
     def check(self, value: Values, at: str) -> None:
         MESSAGE.check(value, at)
+
+    def json_schema(self) -> JsonSchema:
+        with_content = {"required": ["content"], "properties": {"content": {"not": {"type": "null"}}}}
+        calls = {"role": {"const": "assistant"}, "tool_calls": {"type": "array", "minItems": 1}}
+        return MESSAGE.json_schema() | {
+            "anyOf": [with_content, {"required": list(calls), "properties": calls}]
+        }
 
 
 MESSAGES = Array(member=MessageKind(), min_items=1, members="messages")
