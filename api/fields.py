@@ -229,8 +229,9 @@ class Number(Kind):
 
     def check(self, value: int | float, at: str) -> None:
         above = value > self.minimum if self.above_minimum else value >= self.minimum
-        if not (above and value <= self.maximum and value <= MAX_DOUBLE):
+        if not (above and value <= self.maximum and abs(value) <= MAX_DOUBLE):
             raise wrong_value(at, self.range, value)
+        refuse_huge_integers(value, at)
 
     @property
     def range(self) -> str:
@@ -570,7 +571,6 @@ class Field:
         null: what null means, where that is not what absence means.
         required: absence (and null) is an error.
         refusal: set if the field is known but not served.
-        description: one sentence for people.
     """
 
     name: str
@@ -579,7 +579,6 @@ class Field:
     null: Any = SAME
     required: bool = False
     refusal: Refusal | None = None
-    description: str = ""
 
     @property
     def is_served(self) -> bool:
@@ -587,7 +586,7 @@ class Field:
         return self.refusal is None or bool(self.refusal.neutral)
 
     def json_schema(self) -> JsonSchema:
-        """Of the member's value, null included where that is the same as absence."""
+        """Of the member's value, null included."""
         accepted = self.kind.json_schema()
         if self.refusal is not None:
             values = self.refusal.neutral
@@ -595,16 +594,15 @@ class Field:
         schema = accepted if self.required else {"anyOf": [accepted, {"type": "null"}]}
         if self.default is not None:
             schema["default"] = list(self.default) if isinstance(self.default, tuple) else self.default
-        if self.description:
-            schema["description"] = self.description
         return schema
 
 
 @dataclass(frozen=True)
 class Table(Kind):
-    """A JSON object with the given fields and no others."""
+    """A JSON object with the given fields and no others; `texts` explain them to people, by name."""
 
     fields: tuple[Field, ...]
+    texts: Mapping[str, str] = field(default_factory=dict, repr=False, compare=False)
     by_name: Mapping[str, Field] = field(init=False, repr=False, compare=False)
     expected = "an object"
 
@@ -645,7 +643,9 @@ class Table(Kind):
         served = [entry for entry in self.fields if entry.is_served]
         return {
             "type": "object",
-            "properties": {entry.name: entry.json_schema() for entry in served},
+            "properties": {
+                entry.name: entry.json_schema() | {"description": self.texts[entry.name]} for entry in served
+            },
             "required": [entry.name for entry in served if entry.required],
             "additionalProperties": False,
         }

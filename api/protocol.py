@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import Any, Literal
 
+from jaxserve.api import field_texts
 from jaxserve.api.errors import model_not_found
 from jaxserve.api.fields import (
     Anything,
@@ -44,6 +45,7 @@ from jaxserve.api.fields import (
     missing,
     never,
     not_yet,
+    shown,
     to_integers,
     token_id_schema,
     wrong_type,
@@ -53,6 +55,7 @@ from jaxserve.sampling_params import (
     INT64_MAX,
     INT64_MIN,
     MAX_CHOICES,
+    MAX_LOGIT_BIASES,
     MAX_STOP_STRING_CHARS,
     MAX_STOP_STRINGS,
     MAX_STOP_TOKEN_IDS,
@@ -61,7 +64,6 @@ from jaxserve.sampling_params import (
 
 MAX_PROMPTS = 1024
 MAX_SEQUENCES = 1024  # prompts × max(n, best_of)
-MAX_LOGIT_BIASES = 1024
 MAX_BAD_WORDS, MAX_BAD_WORD_CHARS = 128, 256
 MAX_TOOLS = 128
 MAX_ROLE_CHARS = 64
@@ -69,6 +71,8 @@ MAX_HINT_CHARS = 1024  # user, safety_identifier, prompt_cache_key
 MAX_METADATA_PAIRS = 16
 MAX_CACHE_SALT_CHARS = 128
 DEFAULT_COMPLETION_TOKENS = 16
+MAX_TOKEN_ID_CHARS = 20
+INTEGER = re.compile(r"-?[0-9]+")
 REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 TOOL_NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
 GUIDED_BACKENDS = ("auto", "llguidance", "outlines", "lm-format-enforcer")
@@ -93,8 +97,13 @@ RESERVED_TEMPLATE_KWARGS = frozenset(
     }
 )
 
-_IS_NOT_SERVED = "is not served by this version of jaxserve yet."
-_BEAM_SEARCH_ONLY = "is only for use_beam_search, which this version of jaxserve does not serve yet."
+# values at which a sampling parameter leaves the distribution alone; beam search takes no others
+BEAM_SEARCH_NEUTRAL: dict[str, tuple[float, ...]] = {
+    "temperature": (0,),
+    "top_p": (1,),
+    "top_k": (-1, 0),
+    "min_p": (0,),
+}
 
 Prompt = str | list[int]
 TruncationSide = Literal["left", "right"]
@@ -109,7 +118,7 @@ class ProtocolConfig:
         vocab_size: V.
         max_model_len: L.
         max_logprobs: the most top logprobs that a request may ask for.
-        temperature, top_p, top_k, min_p: what absence means (the model's generation_config).
+        temperature, top_p, top_k, min_p, repetition_penalty: what absence means (the model's generation_config).
         return_tokens_as_token_ids: likewise.
         force_include_usage: every stream reports its usage.
         ignore_unknown_fields: drop unknown fields instead of refusing the request.
@@ -123,6 +132,7 @@ class ProtocolConfig:
     top_p: float = 1.0
     top_k: int = -1
     min_p: float = 0.0
+    repetition_penalty: float = 1.0
     return_tokens_as_token_ids: bool = False
     force_include_usage: bool = False
     ignore_unknown_fields: bool = False
@@ -137,12 +147,14 @@ class LengthOptions:
         max_tokens_field: the name that the client used for it; None if it is the default.
         truncate_prompt_tokens: keep this many prompt tokens, −1: as many as fit; None: all.
         truncation_side: the end that is cut off.
+        min_tokens: tokens to generate at least; checked against what max_tokens turns out to be.
     """
 
     max_tokens: int | None
     max_tokens_field: str | None
     truncate_prompt_tokens: int | None = None
     truncation_side: TruncationSide = "left"
+    min_tokens: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,6 +163,7 @@ class OutputOptions:
 
     Attributes:
         logprobs: None, or how many top logprobs beside the sampled token's.
+        prompt_logprobs: likewise for every token of the prompt.
     """
 
     stream: bool = False
@@ -158,6 +171,7 @@ class OutputOptions:
     continuous_usage_stats: bool = False
     echo: bool = False
     logprobs: int | None = None
+    prompt_logprobs: int | None = None
     return_tokens_as_token_ids: bool = False
     return_token_ids: bool = False
 
@@ -167,7 +181,9 @@ class GenerationRequest:
     """What completion and chat requests have in common.
 
     Attributes:
-        sampling: its `max_tokens` is settled by `length` once the prompt's tokens are known.
+        sampling: what the engine is asked for, which may be more logprobs than `output` shows. Its `max_tokens` is
+            settled by `length` once the prompt's tokens are known, its `bad_words_token_ids` by `bad_words`.
+        bad_words: texts that must not be generated.
         request_id: the client's choice for the id of the response.
         ignored_fields: paths of unknown fields that were dropped.
     """
@@ -176,6 +192,7 @@ class GenerationRequest:
     length: LengthOptions
     output: OutputOptions
     add_special_tokens: bool
+    bad_words: tuple[str, ...] = ()
     cache_salt: str | None = None
     request_id: str | None = None
     ignored_fields: tuple[str, ...] = ()
@@ -280,36 +297,39 @@ class LogitBias(Kind):
 
     def check(self, value: dict[str, int | float], at: str) -> None:
         check_length(at, len(value), 0, MAX_LOGIT_BIASES, "entries")
-        self._refuse("has keys that are no integers", [key for key in value if not _is_token_id(key)], at)
-        outside = [key for key in value if int(key) >= self.vocab_size]
-        self._refuse(f"has token ids outside the vocabulary of {self.vocab_size}", outside, at)
-        too_large = [key for key, bias in value.items() if not -100 <= bias <= 100]
-        self._refuse("must have values between -100 and 100; at fault", too_large, at)
+        faults = (
+            ("has keys that are no integers", [key for key in value if not INTEGER.fullmatch(key)]),
+            (
+                f"has token ids outside the vocabulary of {self.vocab_size}",
+                [key for key in value if INTEGER.fullmatch(key) and not self._is_token_id(key)],
+            ),
+            (
+                "must have values between -100 and 100; at fault",
+                [key for key, bias in value.items() if not -100 <= bias <= 100],
+            ),
+        )
+        found = [f"{what}: {', '.join(key[:20] for key in keys)}" for what, keys in faults if keys]
+        if found:
+            raise RequestError(f"{at} {'; '.join(found)}.", param=at)
 
     def json_schema(self) -> JsonSchema:
-        """Their being in the vocabulary is beyond JSON Schema."""
+        """That the ids are in the vocabulary is more than it can say."""
         return {
             "type": "object",
-            "propertyNames": {"pattern": "^[0-9]{1,12}$"},
+            "propertyNames": {"pattern": f"^[0-9]{{1,{MAX_TOKEN_ID_CHARS}}}$"},
             "additionalProperties": {"type": "number", "minimum": -100, "maximum": 100},
             "maxProperties": MAX_LOGIT_BIASES,
         }
 
-    @staticmethod
-    def _refuse(what: str, keys: list[str], at: str) -> None:
-        if keys:
-            raise RequestError(f"{at} {what}: {', '.join(key[:20] for key in keys)}.", param=at)
-
-
-def _is_token_id(key: str) -> bool:
-    return key.isascii() and key.isdigit() and len(key) <= 12
+    def _is_token_id(self, key: str) -> bool:
+        return len(key) <= MAX_TOKEN_ID_CHARS and 0 <= int(key) < self.vocab_size
 
 
 # Tables
 
 
-def _boolean(name: str, default: bool = False, *, refusal: Refusal | None = None, about: str = "") -> Field:
-    return Field(name=name, kind=Boolean(), default=default, refusal=refusal, description=about)
+def _boolean(name: str, default: bool = False, *, refusal: Refusal | None = None) -> Field:
+    return Field(name=name, kind=Boolean(), default=default, refusal=refusal)
 
 
 def _type_field() -> Field:
@@ -317,7 +337,7 @@ def _type_field() -> Field:
 
 
 def _text_part(name: str) -> Table:
-    return Table((_type_field(), Field(name=name, kind=String(), required=True)))
+    return Table((_type_field(), Field(name=name, kind=String(), required=True)), field_texts.TEXT_PART)
 
 
 CONTENT_PARTS = Tagged(
@@ -328,15 +348,17 @@ FUNCTION_CALL = Table(
     (
         Field(name="name", kind=String(min_length=1), required=True),
         Field(name="arguments", kind=String(), required=True),
-    )
+    ),
+    field_texts.FUNCTION_CALL,
 )
 TOOL_CALL = Table(
     (
         Field(name="id", kind=String(), required=True),
         Field(name="type", kind=Enum(("function",)), required=True),
         Field(name="function", kind=FUNCTION_CALL, required=True),
-        Field(name="index", kind=Integer(minimum=0), description="As streams have it; no effect."),
-    )
+        Field(name="index", kind=Integer(minimum=0)),
+    ),
+    field_texts.TOOL_CALL,
 )
 _NO_MEANING = "is accepted in a message only if it is null or empty."
 MESSAGE = Table(
@@ -350,7 +372,8 @@ MESSAGE = Table(
         Field(name="annotations", kind=Anything(), refusal=never(_NO_MEANING, [], {}, "")),
         Field(name="audio", kind=Anything(), refusal=never(_NO_MEANING, [], {}, "")),
         Field(name="function_call", kind=Anything(), refusal=never(_NO_MEANING, [], {}, "")),
-    )
+    ),
+    field_texts.MESSAGE,
 )
 
 
@@ -389,16 +412,24 @@ FUNCTION = Table(
         Field(name="description", kind=String()),
         Field(name="parameters", kind=FreeObject()),
         Field(name="strict", kind=Boolean()),
-    )
+    ),
+    field_texts.FUNCTION,
 )
-TOOL = Tagged({"function": Table((_type_field(), Field(name="function", kind=FUNCTION, required=True)))})
+TOOL = Tagged(
+    {
+        "function": Table(
+            (_type_field(), Field(name="function", kind=FUNCTION, required=True)), field_texts.TOOL
+        )
+    }
+)
 TOOLS = Array(member=TOOL, min_items=1, max_items=MAX_TOOLS, members="tools")
-_NAMED_FUNCTION = Table((Field(name="name", kind=String(), required=True),))
+_NAMED_FUNCTION = Table((Field(name="name", kind=String(), required=True),), field_texts.NAMED_FUNCTION)
 _ALLOWED_TOOLS = Table(
     (
         Field(name="mode", kind=Enum(("auto", "required")), required=True),
         Field(name="tools", kind=Array(member=FreeObject()), required=True),
-    )
+    ),
+    field_texts.ALLOWED_TOOLS,
 )
 TOOL_CHOICE = ByType(
     {
@@ -406,10 +437,12 @@ TOOL_CHOICE = ByType(
         dict: Tagged(
             {
                 "function": Table(
-                    (_type_field(), Field(name="function", kind=_NAMED_FUNCTION, required=True))
+                    (_type_field(), Field(name="function", kind=_NAMED_FUNCTION, required=True)),
+                    field_texts.TOOL_CHOICE,
                 ),
                 "allowed_tools": Table(
-                    (_type_field(), Field(name="allowed_tools", kind=_ALLOWED_TOOLS, required=True))
+                    (_type_field(), Field(name="allowed_tools", kind=_ALLOWED_TOOLS, required=True)),
+                    field_texts.TOOL_CHOICE,
                 ),
             }
         ),
@@ -422,13 +455,17 @@ JSON_SCHEMA = Table(
         Field(name="schema", kind=FreeObject(), required=True),
         Field(name="strict", kind=Boolean()),
         Field(name="description", kind=String()),
-    )
+    ),
+    field_texts.JSON_SCHEMA,
 )
 RESPONSE_FORMAT = Tagged(
     {
-        "text": Table((_type_field(),)),
-        "json_object": Table((_type_field(),)),
-        "json_schema": Table((_type_field(), Field(name="json_schema", kind=JSON_SCHEMA, required=True))),
+        "text": Table((_type_field(),), field_texts.RESPONSE_FORMAT),
+        "json_object": Table((_type_field(),), field_texts.RESPONSE_FORMAT),
+        "json_schema": Table(
+            (_type_field(), Field(name="json_schema", kind=JSON_SCHEMA, required=True)),
+            field_texts.RESPONSE_FORMAT,
+        ),
     }
 )
 FREE_TEXT = Values({"type": "text"}, frozenset({"type"}))
@@ -445,18 +482,20 @@ STRUCTURED_OUTPUTS = Table(
         _boolean("disable_any_whitespace"),
         _boolean("disable_additional_properties"),
         _boolean("disable_fallback"),
-    )
+    ),
+    field_texts.STRUCTURED_OUTPUTS,
 )
 PREDICTION = Table(
     (
         Field(name="type", kind=Enum(("content",)), required=True),
         Field(name="content", kind=CONTENT, required=True),
-    )
+    ),
+    field_texts.PREDICTION,
 )
 STREAM_OPTIONS = Table(
     (
-        _boolean("include_usage", about="Report the usage in a last chunk."),
-        _boolean("continuous_usage_stats", about="Report the usage so far in every chunk."),
+        _boolean("include_usage"),
+        _boolean("continuous_usage_stats"),
         _boolean(
             "include_obfuscation",
             refusal=Refusal(
@@ -465,7 +504,8 @@ STREAM_OPTIONS = Table(
                 code="unsupported_value",
             ),
         ),
-    )
+    ),
+    field_texts.STREAM_OPTIONS,
 )
 
 
@@ -475,45 +515,28 @@ def _sampling_fields(config: ProtocolConfig) -> tuple[Field, ...]:
         Field(name="top_p", kind=Number(minimum=0, maximum=1, above_minimum=True), default=config.top_p),
         Field(name="top_k", kind=Integer(minimum=-1), default=config.top_k),
         Field(name="min_p", kind=Number(minimum=0, maximum=1), default=config.min_p),
-        Field(
-            name="presence_penalty", kind=Number(minimum=-2, maximum=2), default=0.0, refusal=not_yet(0, 0.0)
-        ),
-        Field(
-            name="frequency_penalty", kind=Number(minimum=-2, maximum=2), default=0.0, refusal=not_yet(0, 0.0)
-        ),
+        Field(name="presence_penalty", kind=Number(minimum=-2, maximum=2), default=0.0),
+        Field(name="frequency_penalty", kind=Number(minimum=-2, maximum=2), default=0.0),
         Field(
             name="repetition_penalty",
             kind=Number(minimum=0, above_minimum=True),
-            default=1.0,
-            refusal=not_yet(1, 1.0),
+            default=config.repetition_penalty,
         ),
-        Field(name="logit_bias", kind=LogitBias(vocab_size=config.vocab_size), refusal=not_yet({})),
+        Field(name="logit_bias", kind=LogitBias(vocab_size=config.vocab_size)),
         Field(
             name="allowed_token_ids",
             kind=TokenIds(vocab_size=config.vocab_size, min_items=1, max_items=config.vocab_size),
-            refusal=not_yet(),
         ),
         Field(
             name="bad_words",
             kind=Strings(max_items=MAX_BAD_WORDS, member=String(min_length=1, max_length=MAX_BAD_WORD_CHARS)),
-            refusal=not_yet([]),
         ),
         Field(name="seed", kind=Integer(minimum=INT64_MIN, maximum=INT64_MAX)),
         Field(name="n", kind=Integer(minimum=1, maximum=MAX_CHOICES), default=1),
         Field(name="best_of", kind=Integer(minimum=1, maximum=MAX_CHOICES)),
-        _boolean("use_beam_search", refusal=not_yet(False)),
-        Field(
-            name="length_penalty",
-            kind=Number(minimum=float("-inf")),
-            default=1.0,
-            refusal=never(_BEAM_SEARCH_ONLY, 1, 1.0),
-        ),
-        Field(
-            name="early_stopping",
-            kind=ByType({bool: Boolean(), str: Enum(("never",))}),
-            default=False,
-            refusal=never(_BEAM_SEARCH_ONLY, False),
-        ),
+        _boolean("use_beam_search"),
+        Field(name="length_penalty", kind=Number(minimum=float("-inf")), default=1.0),
+        Field(name="early_stopping", kind=ByType({bool: Boolean(), str: Enum(("never",))}), default=False),
     )
 
 
@@ -522,7 +545,7 @@ def _stopping_fields(config: ProtocolConfig) -> tuple[Field, ...]:
     stop = ByType({str: stop_string, list: Strings(max_items=MAX_STOP_STRINGS, member=stop_string)})
     stop_ids = TokenIds(vocab_size=config.vocab_size, max_items=MAX_STOP_TOKEN_IDS)
     return (
-        Field(name="min_tokens", kind=Integer(minimum=0), default=0, refusal=not_yet(0)),
+        Field(name="min_tokens", kind=Integer(minimum=0), default=0),
         Field(name="stop", kind=stop),
         Field(name="stop_token_ids", kind=stop_ids, default=()),
         _boolean("include_stop_str_in_output"),
@@ -535,7 +558,7 @@ def _stopping_fields(config: ProtocolConfig) -> tuple[Field, ...]:
 def _output_fields(config: ProtocolConfig) -> tuple[Field, ...]:
     logprobs = Integer(minimum=0, maximum=config.max_logprobs)
     return (
-        Field(name="prompt_logprobs", kind=logprobs, refusal=not_yet()),
+        Field(name="prompt_logprobs", kind=logprobs),
         _boolean("return_tokens_as_token_ids", config.return_tokens_as_token_ids),
         _boolean("return_token_ids"),
         _boolean("echo"),
@@ -664,7 +687,8 @@ def completion_table(config: ProtocolConfig) -> Table:
                 refusal=never("is not supported: no model here fills in the middle."),
             ),
             *_common_fields(config, add_special_tokens=True),
-        )
+        ),
+        field_texts.COMPLETION,
     )
 
 
@@ -697,7 +721,8 @@ def chat_table(config: ProtocolConfig) -> Table:
             Field(name="tool_choice", kind=TOOL_CHOICE, refusal=not_yet("none")),
             _boolean("parallel_tool_calls", True),
             *_common_fields(config, add_special_tokens=False),
-        )
+        ),
+        field_texts.CHAT,
     )
 
 
@@ -707,7 +732,8 @@ TOKENIZE_TEXT = Table(
         Field(name="prompt", kind=String(), required=True),
         _boolean("add_special_tokens", True),
         _boolean("return_token_strs"),
-    )
+    ),
+    field_texts.TOKENIZE_TEXT,
 )
 TOKENIZE_MESSAGES = Table(
     (
@@ -716,14 +742,18 @@ TOKENIZE_MESSAGES = Table(
         *_template_fields(),
         _boolean("add_special_tokens", False),
         _boolean("return_token_strs"),
-    )
+    ),
+    field_texts.TOKENIZE_MESSAGES,
 )
 
 
 def detokenize_table(config: ProtocolConfig) -> Table:
     """The body of `POST /detokenize`."""
     tokens = TokenIds(vocab_size=config.vocab_size)
-    return Table((Field(name="model", kind=String()), Field(name="tokens", kind=tokens, required=True)))
+    return Table(
+        (Field(name="model", kind=String()), Field(name="tokens", kind=tokens, required=True)),
+        field_texts.DETOKENIZE,
+    )
 
 
 # Bodies → requests
@@ -760,16 +790,18 @@ class Protocol:
             raise RequestError(
                 "max_tokens must be at least 1 (0 is for echo alone), got 0.", param="max_tokens"
             )
-        if values["echo"] and values["logprobs"] is not None:
-            raise RequestError(
-                f"echo together with logprobs {_IS_NOT_SERVED}", param="echo", code="unsupported_parameter"
-            )
+        field = "max_tokens" if "max_tokens" in values.given else None
+        output = self._output(values, logprobs=values["logprobs"])
+        # tokens of an echoed prompt are shown like generated ones
+        asked = (output.prompt_logprobs, output.logprobs if output.echo else None)
+        prompt_logprobs = max((count for count in asked if count is not None), default=None)
         return CompletionRequest(
             prompts=prompts,
-            sampling=self._sampling(values, logprobs=values["logprobs"]),
-            length=_length(values, "max_tokens" if "max_tokens" in values.given else None),
-            output=self._output(values, logprobs=values["logprobs"]),
+            sampling=self._sampling(values, logprobs=output.logprobs, prompt_logprobs=prompt_logprobs),
+            length=self._length(values, field),
+            output=output,
             add_special_tokens=values["add_special_tokens"],
+            bad_words=tuple(values["bad_words"] or ()),
             cache_salt=values["cache_salt"],
             request_id=values["request_id"],
             ignored_fields=ignored,
@@ -783,12 +815,15 @@ class Protocol:
             raise RequestError("top_logprobs needs logprobs to be true.", param="top_logprobs")
         logprobs = values["top_logprobs"] if values["logprobs"] else None
         both = ("max_completion_tokens", "max_tokens")
+        field = next((name for name in both if name in values.given), None)
+        output = self._output(values, logprobs=logprobs)
         return ChatRequest(
             prompt=_chat_prompt(values, reasoning_effort=values["reasoning_effort"]),
-            sampling=self._sampling(values, logprobs=logprobs),
-            length=_length(values, next((name for name in both if name in values.given), None)),
-            output=self._output(values, logprobs=logprobs),
+            sampling=self._sampling(values, logprobs=logprobs, prompt_logprobs=output.prompt_logprobs),
+            length=self._length(values, field),
+            output=output,
             add_special_tokens=values["add_special_tokens"],
+            bad_words=tuple(values["bad_words"] or ()),
             cache_salt=values["cache_salt"],
             request_id=values["request_id"],
             ignored_fields=ignored,
@@ -825,15 +860,37 @@ class Protocol:
         table.check(values, "")
         return values, tuple(unknown.ignored)
 
-    def _sampling(self, values: Values, *, logprobs: int | None) -> SamplingParams:
-        stop = values["stop"] or ()
+    def _sampling(
+        self, values: Values, *, logprobs: int | None, prompt_logprobs: int | None
+    ) -> SamplingParams:
+        beams = values["use_beam_search"]
+        best_of = values["best_of"]
+        if values["max_tokens"] == 0:  # echo alone: there is nothing to choose from
+            beams, best_of = False, None
+        elif best_of == values["n"] and not beams:
+            best_of = None
+        if best_of is not None and not beams and logprobs is None:
+            logprobs = 0  # candidates are ranked by them
+        stop, allowed, top_k = values["stop"] or (), values["allowed_token_ids"], values["top_k"]
+        biases = {int(key): float(bias) for key, bias in (values["logit_bias"] or {}).items()}
         return SamplingParams(
             n=values["n"],
-            temperature=float(values["temperature"]),
-            top_p=float(values["top_p"]),
-            top_k=values["top_k"] if 0 < values["top_k"] < self.config.vocab_size else -1,
-            min_p=float(values["min_p"]),
+            best_of=best_of,
+            use_beam_search=beams,
+            length_penalty=float(values["length_penalty"]) if beams else 1.0,
+            early_stopping=values["early_stopping"] if beams else False,
+            temperature=0.0 if beams else float(values["temperature"]),
+            top_p=1.0 if beams else float(values["top_p"]),
+            top_k=-1 if beams or not 0 < top_k < self.config.vocab_size else top_k,
+            min_p=0.0 if beams else float(values["min_p"]),
+            presence_penalty=float(values["presence_penalty"]),
+            frequency_penalty=float(values["frequency_penalty"]),
+            repetition_penalty=float(values["repetition_penalty"]),
+            logit_bias=tuple(biases.items()),
+            allowed_token_ids=None if allowed is None else tuple(dict.fromkeys(allowed)),
             seed=None if values["seed"] == -1 else values["seed"],
+            max_tokens=self.config.max_model_len,
+            min_tokens=values["min_tokens"],
             stop=(stop,) if isinstance(stop, str) else tuple(stop),
             stop_token_ids=tuple(values["stop_token_ids"]),
             include_stop_str_in_output=values["include_stop_str_in_output"],
@@ -841,12 +898,29 @@ class Protocol:
             skip_special_tokens=values["skip_special_tokens"],
             spaces_between_special_tokens=values["spaces_between_special_tokens"],
             logprobs=logprobs,
+            prompt_logprobs=prompt_logprobs,
+        )
+
+    def _length(self, values: Values, field: str | None) -> LengthOptions:
+        """Raise if min_tokens asks for more than max_tokens allows, whatever the prompt's length."""
+        max_tokens = values[field or "max_tokens"]
+        limit = self.config.max_model_len if max_tokens is None else max_tokens
+        check_min_tokens(values["min_tokens"], limit, field or "max_tokens")
+        return LengthOptions(
+            max_tokens=max_tokens,
+            max_tokens_field=field,
+            truncate_prompt_tokens=values["truncate_prompt_tokens"],
+            truncation_side=values["truncation_side"],
+            min_tokens=values["min_tokens"],
         )
 
     def _output(self, values: Values, *, logprobs: int | None) -> OutputOptions:
         stream, options = values["stream"], values["stream_options"]
         if options is not None and not stream:
             raise RequestError("stream_options needs stream to be true.", param="stream_options")
+        if stream and values["prompt_logprobs"] is not None:
+            message = "prompt_logprobs are not served in streams; leave out one of the two."
+            raise RequestError(message, param="prompt_logprobs", code="unsupported_parameter")
         include_usage = stream and (
             self.config.force_include_usage or bool(options and options["include_usage"])
         )
@@ -860,6 +934,7 @@ class Protocol:
             continuous_usage_stats=continuous,
             echo=values["echo"],
             logprobs=logprobs,
+            prompt_logprobs=values["prompt_logprobs"],
             return_tokens_as_token_ids=values["return_tokens_as_token_ids"],
             return_token_ids=values["return_token_ids"],
         )
@@ -875,22 +950,52 @@ def _check_choices(values: Values, *, num_prompts: int) -> None:
     n, best_of = values["n"], values["best_of"]
     if best_of is not None and best_of < n:
         raise RequestError(f"best_of must be at least n ({n}), got {best_of}.", param="best_of")
-    if best_of is not None and best_of > n:
-        message = f"best_of greater than n {_IS_NOT_SERVED}"
-        raise RequestError(message, param="best_of", code="unsupported_parameter")
-    if num_prompts * n > MAX_SEQUENCES:
-        total = f"{num_prompts} prompts with n = {n} are {num_prompts * n} sequences"
-        message = f"{total}; at most {MAX_SEQUENCES} are served at once."
-        raise RequestError(message, param="n")
+    if values["use_beam_search"]:
+        _check_beam_search(values)
+    else:
+        _check_no_beam_search(values)
+        if best_of is not None and best_of > n and values["stream"]:
+            message = "best_of greater than n cannot be streamed: the best are known only at the end."
+            raise RequestError(message, param="best_of", code="unsupported_parameter")
+    _check_total(num_prompts, "n" if best_of is None else "best_of", n if best_of is None else best_of)
 
 
-def _length(values: Values, field: str | None) -> LengthOptions:
-    return LengthOptions(
-        max_tokens=values[field or "max_tokens"],
-        max_tokens_field=field,
-        truncate_prompt_tokens=values["truncate_prompt_tokens"],
-        truncation_side=values["truncation_side"],
-    )
+def _check_beam_search(values: Values) -> None:
+    for name, neutral in BEAM_SEARCH_NEUTRAL.items():
+        if name in values.given and values[name] not in neutral:
+            allowed = " or ".join(map(str, neutral))
+            message = f"{name} must be {allowed} when using beam search, got {shown(values[name])}."
+            raise RequestError(message, param=name)
+    width = values["n"] if values["best_of"] is None else values["best_of"]
+    if width < 2:
+        message = f"best_of (the width of the beam search, n by default) must be at least 2, got {width}."
+        raise RequestError(message, param="best_of")
+    if values["stream"]:
+        message = "stream must be false when using beam search: its results are known only at the end."
+        raise RequestError(message, param="stream", code="unsupported_parameter")
+
+
+def _check_no_beam_search(values: Values) -> None:
+    for name, neutral in (("length_penalty", 1), ("early_stopping", False)):
+        if values[name] != neutral:
+            raise RequestError(f"{name} works only with use_beam_search: true.", param=name)
+
+
+def _check_total(num_prompts: int, name: str, count: int) -> None:
+    total = num_prompts * count
+    if total > MAX_SEQUENCES:
+        message = (
+            f"{num_prompts} prompts with {name} = {count} are {total} sequences; "
+            f"at most {MAX_SEQUENCES} are served at once."
+        )
+        raise RequestError(message, param=name)
+
+
+def check_min_tokens(min_tokens: int, max_tokens: int, field: str) -> None:
+    """Raise `RequestError` unless min_tokens tokens may be generated; `field` is the client's name for the limit."""
+    if min_tokens > max_tokens:
+        message = f"min_tokens must be at most {field} ({max_tokens}), got {min_tokens}."
+        raise RequestError(message, param="min_tokens")
 
 
 def _chat_prompt(values: Values, *, reasoning_effort: str | None = None) -> ChatPrompt:
