@@ -17,6 +17,7 @@ from jaxserve.api.respond import (
     respond,
 )
 from jaxserve.api.responses import ChatRenderer
+from jaxserve.template_worker import RenderJob
 
 blueprint = Blueprint("chat", __name__)
 
@@ -29,11 +30,16 @@ async def create_chat_completion() -> Response:
     body = await read_json_object()
     protocol, encoder = request_protocol(context), prompt_encoder(context)
 
-    def prepare() -> tuple[ChatRequest, TokenizedPrompt]:
-        request = protocol.chat(body)
+    def prepare() -> tuple[ChatRequest, TokenizedPrompt | RenderJob]:
+        request = encoder.with_bad_words(protocol.chat(body))
+        if request.prompt.brings_template:
+            return request, encoder.render_job(request.prompt)
         return request, encoder.chat(request)
 
     request, prompt = await in_executor(context, prepare)
+    if isinstance(prompt, RenderJob):
+        text = await context.templates.render(prompt)
+        prompt = await in_executor(context, lambda: encoder.chat(request, text))
     renderer = ChatRenderer(
         arrival.head(context, request, "chatcmpl"),
         context.tokenizer,

@@ -30,7 +30,7 @@ async def create_completion() -> Response:
     protocol, encoder = request_protocol(context), prompt_encoder(context)
 
     def prepare() -> tuple[CompletionRequest, list[TokenizedPrompt]]:
-        request = protocol.completion(body)
+        request = encoder.with_bad_words(protocol.completion(body))
         return request, encoder.completion(request)
 
     request, prompts = await in_executor(context, prepare)

@@ -23,6 +23,7 @@ from jaxserve.messages import AddRequest, FinishReason, SequenceOutput, TopLogpr
 from jaxserve.sampling_params import SamplingParams
 from jaxserve.tokenizer import Tokenizer
 
+MIN_LOGPROB = -9999.0  # what is reported of anything less likely: JSON has no infinity
 _engine_ids = itertools.count()
 
 
@@ -34,6 +35,7 @@ class ChoiceDelta:
         logprobs: parallel to `token_ids`; None if not asked for.
         finish_reason: set in the choice's last delta.
         stop_reason: the stop string, or the stop token's id.
+        prompt_logprobs: of the prompt, from its second token on; in the choice's first delta, if they were asked for.
     """
 
     index: int
@@ -42,11 +44,12 @@ class ChoiceDelta:
     logprobs: list[TopLogprobs] | None = None
     finish_reason: FinishReason | None = None
     stop_reason: str | int | None = None
+    prompt_logprobs: list[TopLogprobs] | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """Tokens of a request: each prompt once, all choices."""
+    """Tokens of a request: each prompt once, all choices that are returned."""
 
     prompt_tokens: int
     completion_tokens: int
@@ -58,16 +61,18 @@ class RequestTimings:
     """One request as metrics see it, when it has ended. Times are `time.monotonic()` seconds.
 
     Attributes:
-        finish_reason: of its first choice; "abort" if the client went away or time was up, "error" if the
+        finish_reason: of its first sequence; "abort" if the client went away or time was up, "error" if the
             engine failed.
         scheduled_at: when the engine first ran it; None: never.
         first_token_at: None: there was no token.
         inter_token_s: for every token of a choice but its first: seconds since the one before.
         max_tokens: the largest of its prompts.
+        generation_tokens: of all sequences that were generated, also of those that were not the best.
     """
 
     finish_reason: FinishReason
     n: int
+    best_of: int
     max_tokens: int
     prompt_tokens: int
     cached_tokens: int
@@ -83,16 +88,16 @@ class TokenClock:
     """When the tokens of a request came.
 
     Args:
-        num_choices: each has its own first token.
+        num_sequences: each has its own first token.
     """
 
-    def __init__(self, num_choices: int) -> None:
+    def __init__(self, num_sequences: int) -> None:
         self.first_token_at: float | None = None
         self.inter_token_s: list[float] = []
-        self._last_token_at: list[float | None] = [None] * num_choices
+        self._last_token_at: list[float | None] = [None] * num_sequences
 
     def count(self, index: int, num_tokens: int, now: float) -> None:
-        """Choice `index` has got tokens; those that came at once share the time since the one before."""
+        """Sequence `index` has got tokens; those that came at once share the time since the one before."""
         if not num_tokens:
             return
         last = self._last_token_at[index]
@@ -110,19 +115,34 @@ class Choice:
 
     While text is withheld (it may become a stop string, or is an incomplete character), tokens wait with
     their logprobs, so that nothing of a token is shown before its text.
+
+    Args:
+        end_token_ids: ids that end a sequence; as its last token they have no text, unless it is asked for.
+
+    Attributes:
+        num_tokens: those that count: none behind the one that completed a stop string.
+        cumulative_logprob: the sum of their logprobs as they are reported; 0 if the engine reports none.
     """
 
-    def __init__(self, index: int, tokenizer: Tokenizer, params: SamplingParams) -> None:
+    def __init__(
+        self,
+        index: int,
+        tokenizer: Tokenizer,
+        params: SamplingParams,
+        end_token_ids: frozenset[int] = frozenset(),
+    ) -> None:
         self.index = index
         self.num_tokens = 0
+        self.cumulative_logprob = 0.0
         self.finish_reason: FinishReason | None = None
-        self._include_stop = params.include_stop_str_in_output
+        self._end_token_ids = frozenset() if params.include_stop_str_in_output else end_token_ids
         self._detokenizer = Detokenizer(
             tokenizer,
             skip_special_tokens=params.skip_special_tokens,
             spaces_between_special_tokens=params.spaces_between_special_tokens,
             stop=params.stop,
             include_stop_str_in_output=params.include_stop_str_in_output,
+            min_tokens=params.min_tokens,
         )
         self._waiting_ids: list[int] = []
         self._waiting_logprobs: list[TopLogprobs] | None = None if params.logprobs is None else []
@@ -134,8 +154,7 @@ class Choice:
     def advance(self, output: SequenceOutput) -> ChoiceDelta | None:
         """Take a step's tokens; None if there is nothing to show yet."""
         ids = output.token_ids
-        ends_with_stop_token = output.finish_reason == "stop" and not self._include_stop
-        delta = self._detokenizer.push(ids[:-1] if ends_with_stop_token else ids)
+        delta = self._detokenizer.push(ids[:-1] if self._ends_with_silent_token(output) else ids)
         text, stop_string, num_used = delta.text, delta.stopped, delta.num_tokens_used
         if stop_string is None:
             num_used = len(ids)
@@ -150,11 +169,19 @@ class Choice:
         shown = self._show(text, withholding=self._detokenizer.is_holding_back)
         return shown if text or shown.logprobs else None
 
+    def _ends_with_silent_token(self, output: SequenceOutput) -> bool:
+        """Not so if a stop string ended the sequence (a beam's end is found by the engine): its text is cut here."""
+        if output.finish_reason != "stop" or isinstance(output.stop_reason, str):
+            return False
+        return bool(output.token_ids) and output.token_ids[-1] in self._end_token_ids
+
     def _take(self, ids: list[int], logprobs: list[TopLogprobs] | None) -> None:
         self.num_tokens += len(ids)
         self._waiting_ids += ids
         if self._waiting_logprobs is not None and logprobs is not None:
-            self._waiting_logprobs += logprobs[: len(ids)]
+            counted = logprobs[: len(ids)]
+            self._waiting_logprobs += counted
+            self.cumulative_logprob += sum(max(entry.logprob, MIN_LOGPROB) for entry in counted)
 
     def _show(self, text: str, *, withholding: bool) -> ChoiceDelta:
         if withholding or not (text or self._waiting_logprobs):
@@ -213,7 +240,9 @@ class MergedStream:
 
 
 class Generation:
-    """The prompts of one API request in the engine, `n` sequences each; choice index = prompt index · n + i.
+    """The prompts of one API request in the engine, `n` choices each; choice index = prompt index · n + i.
+
+    With `best_of` > n the choices are the best of more sequences, and are known only at the end.
 
     `close` must be called however the request ends; it ends in the engine what has not ended there.
 
@@ -240,10 +269,16 @@ class Generation:
     ) -> None:
         self.prompts = prompts
         self.params = params
-        self.choices = [Choice(i, tokenizer, params) for i in range(len(prompts) * params.n)]
+        # beam search returns its n best itself
+        self._per_prompt = params.n if params.use_beam_search else params.num_sequences
+        end_token_ids = frozenset((*eos_token_ids, *params.stop_token_ids))
+        self._sequences = [
+            Choice(i, tokenizer, params, end_token_ids) for i in range(len(prompts) * self._per_prompt)
+        ]
+        self._returned = self._sequences
         self._arrived_at = arrived_at
         self._scheduled_at: float | None = None
-        self._clock = TokenClock(len(self.choices))
+        self._clock = TokenClock(len(self._sequences))
         self._failed = False
         self._observe = observe
         self._engine = engine
@@ -252,9 +287,10 @@ class Generation:
         self._cache_salt = cache_salt
         self._timeout_s = timeout_s
         self._deadline = arrived_at + timeout_s if timeout_s else None
-        self._first_index: dict[str, int] = {}  # engine id → index of its first choice
+        self._prompt_index: dict[str, int] = {}  # by engine id
         self._cached_tokens: dict[str, int] = {}
-        self._num_completion_tokens = 0
+        self._prompt_logprobs: list[list[TopLogprobs]] = [[] for _ in prompts]
+        self._begun: set[int] = set()  # sequences that have had a delta
         self._merged: MergedStream | None = None
         self._stream: AsyncIterator[list[SequenceOutput]] | None = None
         self._closed = False
@@ -264,14 +300,14 @@ class Generation:
         """So far."""
         return Usage(
             prompt_tokens=sum(len(prompt.token_ids) for prompt in self.prompts),
-            completion_tokens=self._num_completion_tokens,
+            completion_tokens=sum(sequence.num_tokens for sequence in self._returned),
             cached_tokens=sum(self._cached_tokens.values()),
         )
 
     @property
     def finished(self) -> bool:
         """Whether every choice has its finish reason."""
-        return all(choice.finished for choice in self.choices)
+        return all(sequence.finished for sequence in self._sequences)
 
     def start(self) -> None:
         """Hand all prompts to the engine.
@@ -283,7 +319,7 @@ class Generation:
         for i, prompt in enumerate(self.prompts):
             engine_id = f"{self._request_id}#{next(_engine_ids)}"
             streams.append(self._engine.submit(self._add_request(engine_id, prompt)))
-            self._first_index[engine_id] = i * self.params.n
+            self._prompt_index[engine_id] = i
         if len(streams) == 1:
             self._stream = aiter(streams[0])
         else:
@@ -298,19 +334,39 @@ class Generation:
             cache_salt=self._cache_salt,
         )
 
-    async def steps(self) -> AsyncIterator[list[ChoiceDelta]]:
+    def steps(self) -> AsyncIterator[list[ChoiceDelta]]:
         """Deltas, step by step, until every choice is finished.
 
         Raises:
             EngineError: the engine failed, altogether or for this request.
             HttpError: the request's time is up.
         """
+        return self._all_steps() if self._per_prompt == self.params.n else self._best()
+
+    async def _all_steps(self) -> AsyncIterator[list[ChoiceDelta]]:
+        """Of all sequences; a delta's index is the sequence's."""
         while not self.finished:
             outputs = await self._next_step()
             now = time.monotonic()
+            for output in outputs:
+                if output.prompt_logprobs:
+                    self._prompt_logprobs[self._prompt_index[output.request_id]] += output.prompt_logprobs
             deltas = [delta for output in outputs if (delta := self._advance(output, now)) is not None]
             if deltas:
                 yield deltas
+
+    async def _best(self) -> AsyncIterator[list[ChoiceDelta]]:
+        """Of the n sequences of each prompt with the highest cumulative logprob, best first: all in one step."""
+        parts: list[list[ChoiceDelta]] = [[] for _ in self._sequences]
+        async for deltas in self._all_steps():
+            for delta in deltas:
+                parts[delta.index].append(delta)
+        self._returned = []
+        for first in range(0, len(self._sequences), self._per_prompt):
+            candidates = self._sequences[first : first + self._per_prompt]
+            candidates.sort(key=lambda sequence: -sequence.cumulative_logprob)  # stable: ties stay in order
+            self._returned += candidates[: self.params.n]
+        yield [_whole(index, parts[sequence.index]) for index, sequence in enumerate(self._returned)]
 
     async def _next_step(self) -> list[SequenceOutput]:
         assert self._stream is not None, "start comes first"
@@ -320,33 +376,47 @@ class Generation:
         except TimeoutError as error:
             raise request_timeout(f"The request took longer than {self._timeout_s:g} seconds.") from error
         except StopAsyncIteration as error:
-            self._failed = True
-            raise RequestFailedError("the engine ended the request before it was finished") from error
+            raise self._failure("the engine ended the request before it was finished") from error
         except EngineError:
             self._failed = True
             raise
 
     def _advance(self, output: SequenceOutput, now: float) -> ChoiceDelta | None:
-        choice = self.choices[self._first_index[output.request_id] + output.index]
-        if choice.finished:
+        prompt_index = self._prompt_index[output.request_id]
+        sequence = self._sequences[prompt_index * self._per_prompt + output.index]
+        if sequence.finished:
             return None
         if output.finish_reason in ("error", "abort"):
-            self._failed = True
-            raise RequestFailedError(output.error or "the engine ended the request")
+            raise self._failure(output.error or "the engine ended the request")
         if self._scheduled_at is None:
             self._scheduled_at = output.scheduled_at
         if output.index == 0:
             self._cached_tokens.setdefault(output.request_id, output.num_cached_tokens)
         if not output.token_ids and output.finish_reason is None:
             return None
-        num_before = choice.num_tokens
-        delta = choice.advance(output)
-        self._num_completion_tokens += choice.num_tokens - num_before
-        self._clock.count(choice.index, choice.num_tokens - num_before, now)
-        ended = delta is not None and delta.finish_reason is not None
-        if ended and output.finish_reason is None:  # a stop string: the engine does not know
-            self._engine.abort(output.request_id, [output.index])
+        num_before = sequence.num_tokens
+        delta = sequence.advance(output)
+        self._clock.count(sequence.index, sequence.num_tokens - num_before, now)
+        if delta is None:
+            return None
+        if delta.finish_reason is not None and output.finish_reason is None:
+            self._engine.abort(output.request_id, [output.index])  # a stop string: the engine does not know
+        if sequence.index not in self._begun:
+            self._begun.add(sequence.index)
+            delta.prompt_logprobs = self._logprobs_of_prompt(prompt_index)
         return delta
+
+    def _logprobs_of_prompt(self, index: int) -> list[TopLogprobs] | None:
+        if self.params.prompt_logprobs is None:
+            return None
+        logprobs, expected = self._prompt_logprobs[index], len(self.prompts[index].token_ids) - 1
+        if len(logprobs) != expected:
+            raise self._failure(f"the engine gave {len(logprobs)} of {expected} prompt logprobs")
+        return logprobs
+
+    def _failure(self, message: str) -> RequestFailedError:
+        self._failed = True
+        return RequestFailedError(message)
 
     def close(self) -> None:
         """End what has not ended. Safe to call more than once."""
@@ -359,24 +429,40 @@ class Generation:
         self._observe(self._timings())
 
     def _abort_unfinished(self) -> None:
-        n = self.params.n
-        for engine_id, first in self._first_index.items():
-            if not all(choice.finished for choice in self.choices[first : first + n]):
+        for engine_id, index in self._prompt_index.items():
+            first = index * self._per_prompt
+            if not all(sequence.finished for sequence in self._sequences[first : first + self._per_prompt]):
                 self._engine.abort(engine_id)
 
     def _timings(self) -> RequestTimings:
         usage = self.usage
-        ended = (self.choices[0].finish_reason or "abort") if self.finished else "abort"
+        ended = (self._sequences[0].finish_reason or "abort") if self.finished else "abort"
         return RequestTimings(
             finish_reason="error" if self._failed else ended,
             n=self.params.n,
+            best_of=self.params.num_sequences,
             max_tokens=max(prompt.max_tokens for prompt in self.prompts),
             prompt_tokens=usage.prompt_tokens,
             cached_tokens=usage.cached_tokens,
-            generation_tokens=usage.completion_tokens,
+            generation_tokens=sum(sequence.num_tokens for sequence in self._sequences),
             arrived_at=self._arrived_at,
             scheduled_at=self._scheduled_at,
             first_token_at=self._clock.first_token_at,
             finished_at=time.monotonic(),
             inter_token_s=tuple(self._clock.inter_token_s),
         )
+
+
+def _whole(index: int, deltas: Sequence[ChoiceDelta]) -> ChoiceDelta:
+    """All deltas of a sequence as one, which gets another index."""
+    first, last = deltas[0], deltas[-1]
+    logprobs = [entry for delta in deltas for entry in delta.logprobs or ()]
+    return ChoiceDelta(
+        index,
+        "".join(delta.text for delta in deltas),
+        [token_id for delta in deltas for token_id in delta.token_ids],
+        logprobs,
+        last.finish_reason,
+        last.stop_reason,
+        first.prompt_logprobs,
+    )

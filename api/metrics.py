@@ -121,7 +121,7 @@ class Metrics:
         self._prompt_tokens.observe(timings.prompt_tokens)
         self._generation_tokens.observe(timings.generation_tokens)
         self._n.observe(timings.n)
-        self._best_of.observe(timings.n)
+        self._best_of.observe(timings.best_of)
         self._max_tokens.observe(timings.max_tokens)
         self._total_prompt.inc(timings.prompt_tokens)
         self._total_generation.inc(timings.generation_tokens)

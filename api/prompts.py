@@ -5,14 +5,34 @@ Everything here is synchronous and may take long on long prompts: run it in the 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
 
-from jaxserve.api.protocol import ChatPrompt, ChatRequest, CompletionRequest, LengthOptions
+import msgspec
+
+from jaxserve.api.protocol import (
+    ChatPrompt,
+    ChatRequest,
+    CompletionRequest,
+    GenerationRequest,
+    LengthOptions,
+    check_min_tokens,
+)
 from jaxserve.chat_template import ChatTemplate, normalize_messages
 from jaxserve.errors import ContextLengthError, RequestError
+from jaxserve.sampling_params import MAX_BAD_WORD_TOKENS
+from jaxserve.template_worker import RenderJob, make_render_job
 from jaxserve.tokenizer import Tokenizer
+
+NO_TEMPLATE = (
+    "This model has no chat template: give the server one with --chat-template or the request one in chat_template, "
+    "or use /v1/completions."
+)
+
+# where a word's tokens are looked at: at the beginning of a text, behind a space, at the beginning of a line
+WORD_ANCHORS = (("", ""), ("x", " "), ("\n", ""))
+Request = TypeVar("Request", bound=GenerationRequest)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +58,7 @@ class PromptEncoder:
         template_kwargs: variables that every template gets (`--default-chat-template-kwargs`).
         max_model_len: L.
         response_role: role of generated messages.
+        eos_token_ids: ids that end a sequence.
     """
 
     tokenizer: Tokenizer
@@ -45,6 +66,29 @@ class PromptEncoder:
     max_model_len: int
     template_kwargs: Mapping[str, Any]
     response_role: str = "assistant"
+    eos_token_ids: tuple[int, ...] = ()
+
+    def with_bad_words(self, request: Request) -> Request:
+        """The request with the token ids of its bad words.
+
+        Raises:
+            RequestError: a word has no tokens, they are too many, or no token would be left to generate.
+        """
+        banned = bad_word_tokens(request.bad_words, self.tokenizer) if request.bad_words else ()
+        if sum(map(len, banned)) > MAX_BAD_WORD_TOKENS:
+            message = f"bad_words may come to at most {MAX_BAD_WORD_TOKENS:,} tokens in all"
+            raise RequestError(f"{message}, got {sum(map(len, banned)):,}.", param="bad_words")
+        sampling = msgspec.structs.replace(request.sampling, bad_words_token_ids=banned)
+        allowed = sampling.allowed_token_ids
+        if allowed is not None:
+            impossible = {sequence[0] for sequence in banned if len(sequence) == 1}
+            if sampling.min_tokens:
+                impossible.update(sampling.stop_token_ids)
+                impossible.update(self.eos_token_ids if not sampling.ignore_eos else ())
+            if impossible.issuperset(allowed):
+                message = "allowed_token_ids leaves nothing to generate: bad_words or min_tokens rule out all of them."
+                raise RequestError(message, param="allowed_token_ids")
+        return replace(request, sampling=sampling)
 
     def completion(self, request: CompletionRequest) -> list[TokenizedPrompt]:
         """Every prompt of a completion request.
@@ -71,14 +115,17 @@ class PromptEncoder:
             prompts.append(TokenizedPrompt(token_ids=ids, max_tokens=max_tokens, echo=echo))
         return prompts
 
-    def chat(self, request: ChatRequest) -> TokenizedPrompt:
+    def chat(self, request: ChatRequest, text: str | None = None) -> TokenizedPrompt:
         """The conversation of a chat request.
+
+        Args:
+            text: the conversation as the template worker rendered it.
 
         Raises:
             RequestError: the template refuses the messages, there is no template, or there are no tokens.
             ContextLengthError: prompt and output do not fit.
         """
-        all_ids = self.encode(self.render(request.prompt), request.add_special_tokens)
+        all_ids = self.encode(self.render(request.prompt) if text is None else text, request.add_special_tokens)
         ids, max_tokens = fit(
             all_ids, request.length, self.max_model_len, param="messages", name="the conversation"
         )
@@ -91,20 +138,30 @@ class PromptEncoder:
     def render(self, prompt: ChatPrompt) -> str:
         """The conversation as the model reads it."""
         if self.chat_template is None:
-            message = "This model has no chat template: give the server one with --chat-template"
-            raise RequestError(
-                f"{message}, or use /v1/completions.", param="messages", code="invalid_template"
-            )
-        kwargs = dict(self.template_kwargs)
-        if prompt.reasoning_effort is not None:
-            kwargs["reasoning_effort"] = prompt.reasoning_effort
-        return self.chat_template.render(
-            normalize_messages(prompt.messages, self.chat_template),
-            documents=prompt.documents,
-            add_generation_prompt=prompt.add_generation_prompt,
-            continue_final_message=prompt.continue_final_message,
-            **kwargs,
+            raise RequestError(NO_TEMPLATE, param="messages", code="invalid_template")
+        messages = normalize_messages(prompt.messages, self.chat_template)
+        return self.chat_template.render(messages, self._variables(prompt), **_render_options(prompt))
+
+    def render_job(self, prompt: ChatPrompt) -> RenderJob:
+        """The rendering of a conversation with what the request brings for it: work for the template worker.
+
+        Raises:
+            RequestError: that is too large, or there is no template at all.
+        """
+        return make_render_job(
+            prompt.messages,
+            source=prompt.chat_template,
+            kwargs=prompt.chat_template_kwargs or {},
+            model_template=self.chat_template,
+            special_tokens=self.tokenizer.special_tokens,
+            variables=self._variables(prompt),
+            **_render_options(prompt),
         )
+
+    def _variables(self, prompt: ChatPrompt) -> dict[str, Any]:
+        if prompt.reasoning_effort is None:
+            return dict(self.template_kwargs)
+        return {**self.template_kwargs, "reasoning_effort": prompt.reasoning_effort}
 
     def role(self, prompt: ChatPrompt) -> str:
         """The role of the generated message."""
@@ -115,6 +172,14 @@ class PromptEncoder:
     def _chat_echo(self, prompt: ChatPrompt) -> str:
         last = prompt.messages[-1]
         return message_text(last) if last["role"] == self.role(prompt) else ""
+
+
+def _render_options(prompt: ChatPrompt) -> dict[str, Any]:
+    return {
+        "documents": prompt.documents,
+        "add_generation_prompt": prompt.add_generation_prompt,
+        "continue_final_message": prompt.continue_final_message,
+    }
 
 
 def message_text(message: Mapping[str, Any]) -> str:
@@ -147,12 +212,12 @@ def fit(
         raise _too_long(
             len(token_ids), 1 if asked is None else asked, max_model_len, name, "the output", param
         )
-    if asked is None:
-        return token_ids, room
-    if asked > room and explicit:
-        field = length.max_tokens_field or "max_tokens"
+    field = length.max_tokens_field or "max_tokens"
+    if asked is not None and asked > room and explicit:
         raise _too_long(len(token_ids), asked, max_model_len, name, field, field)
-    return token_ids, min(asked, room)
+    max_tokens = room if asked is None else min(asked, room)
+    check_min_tokens(length.min_tokens, max_tokens, field)
+    return token_ids, max_tokens
 
 
 def truncate(token_ids: list[int], length: LengthOptions, max_model_len: int) -> list[int]:
@@ -167,6 +232,39 @@ def truncate(token_ids: list[int], length: LengthOptions, max_model_len: int) ->
     if len(token_ids) <= keep:
         return token_ids
     return token_ids[-keep:] if length.truncation_side == "left" else token_ids[:keep]
+
+
+def bad_word_tokens(words: Sequence[str], tokenizer: Tokenizer) -> tuple[tuple[int, ...], ...]:
+    """Token sequences that must not be completed, so that none of `words` is generated: each word as a model writes
+    it at the beginning of a text or line and behind a space.
+
+    A sequence that ends with another one is left out: it cannot be completed without the other.
+
+    Raises:
+        RequestError: a word has no tokens.
+    """
+    sequences: set[tuple[int, ...]] = set()
+    for i, word in enumerate(words):
+        found = {tuple(_tokens_behind(*anchor, word, tokenizer)) for anchor in WORD_ANCHORS} - {()}
+        if not found:
+            raise RequestError(f"bad_words[{i}] gives no tokens: {word[:100]!r}.", param="bad_words")
+        sequences |= found
+    return tuple(
+        sequence
+        for sequence in sorted(sequences, key=lambda ids: (len(ids), ids))
+        if not any(sequence[start:] in sequences for start in range(1, len(sequence)))
+    )
+
+
+def _tokens_behind(before: str, space: str, word: str, tokenizer: Tokenizer) -> list[int]:
+    """The tokens of `word` behind `before` and a space that may be part of its first token."""
+    anchor = tokenizer.encode(before, add_special_tokens=False) if before else []
+    ids = tokenizer.encode(before + space + word, add_special_tokens=False)
+    if ids[: len(anchor)] == anchor:
+        return ids[len(anchor) :]
+    return tokenizer.encode(
+        space + word, add_special_tokens=False
+    )  # the word's beginning grew onto the anchor
 
 
 def _too_long(

@@ -9,6 +9,7 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
+from functools import partial
 from typing import TypeVar
 
 import msgspec
@@ -42,9 +43,11 @@ def request_protocol(context: ServerContext) -> Protocol:
             top_p=1.0 if defaults.top_p is None else defaults.top_p,
             top_k=-1 if defaults.top_k is None else defaults.top_k,
             min_p=0.0 if defaults.min_p is None else defaults.min_p,
+            repetition_penalty=1.0 if defaults.repetition_penalty is None else defaults.repetition_penalty,
             return_tokens_as_token_ids=config.return_tokens_as_token_ids,
             force_include_usage=config.enable_force_include_usage,
             ignore_unknown_fields=config.unknown_fields == "ignore",
+            request_chat_template=config.request_chat_template,
         )
     )
 
@@ -57,6 +60,7 @@ def prompt_encoder(context: ServerContext) -> PromptEncoder:
         max_model_len=context.engine.info.max_model_len,
         template_kwargs=context.config.default_chat_template_kwargs,
         response_role=context.config.response_role,
+        eos_token_ids=context.generation_defaults.eos_token_ids,
     )
 
 
@@ -101,7 +105,7 @@ async def respond(
         EngineError: the engine cannot serve, or failed before anything was sent.
         HttpError: the request's time was up before the first token.
     """
-    if not any(prompt.max_tokens for prompt in prompts):
+    if request.length.max_tokens == 0 and request.sampling.prompt_logprobs is None:
         return _echo_alone(request, prompts, renderer)
     release = context.admission.admit(sum(len(prompt.token_ids) for prompt in prompts))
 
@@ -126,12 +130,16 @@ async def respond(
     )
     if request.output.stream:
         return await _stream(context, arrival, generation, renderer)
-    return await _whole(generation, renderer)
+    return await _whole(context, generation, renderer)
 
 
 def _describe(params: SamplingParams) -> str:
-    """Sampling parameters for the log; stop strings are text of the client's and stay out of it."""
-    shown = {name: value for name, value in msgspec.structs.asdict(params).items() if name != "stop"}
+    """Sampling parameters for the log; what may be text of the client's, or long, is only counted."""
+    counted = {"stop", "stop_token_ids", "logit_bias", "allowed_token_ids", "bad_words_token_ids"}
+    shown = {
+        name: f"({len(value)})" if name in counted and value else value
+        for name, value in msgspec.structs.asdict(params).items()
+    }
     return " ".join(f"{name}={value}" for name, value in shown.items() if value not in (None, ()))
 
 
@@ -151,12 +159,24 @@ def _echo_alone(
     return sse_response(events(), on_close=lambda: None)
 
 
-async def _whole(generation: Generation, renderer: Renderer) -> Response:
+async def _whole(context: ServerContext, generation: Generation, renderer: Renderer) -> Response:
     with closing(generation):
         generation.start()
         async for deltas in generation.steps():
-            renderer.collect(deltas)
-        return json_response(renderer.response(generation.usage))
+            await _rendered(context, partial(renderer.collect, deltas), slow=_is_slow(deltas))
+        render = partial(renderer.response, generation.usage)
+        slow = generation.params.prompt_logprobs is not None
+        return json_response(await _rendered(context, render, slow=slow))
+
+
+def _is_slow(deltas: Sequence[ChoiceDelta]) -> bool:
+    """Whether rendering takes long: the logprobs of whole prompts may be megabytes."""
+    return any(delta.prompt_logprobs for delta in deltas)
+
+
+async def _rendered(context: ServerContext, render: Callable[[], T], *, slow: bool) -> T:
+    """What `render` returns; what is slow must not hold up the event loop."""
+    return await in_executor(context, render) if slow else render()
 
 
 async def _stream(
@@ -173,11 +193,12 @@ async def _stream(
         await asyncio.wait({first}, timeout=context.config.sse_keep_alive_interval_s or None)
         if first.done():
             first.result()
-        events = _events(generation, renderer, first, steps, arrival.request_id)
+        events = _events(context, generation, renderer, first, steps, arrival.request_id)
         return sse_response(events, on_close=cleanup.pop_all().close)
 
 
 async def _events(
+    context: ServerContext,
     generation: Generation,
     renderer: Renderer,
     first: Awaitable[list[ChoiceDelta]],
@@ -186,9 +207,11 @@ async def _events(
 ) -> AsyncIterator[bytes]:
     """One write per step."""
     try:
-        yield _step_events(generation, renderer, await first)
-        async for deltas in steps:
-            yield _step_events(generation, renderer, deltas)
+        deltas: list[ChoiceDelta] | None = await first
+        while deltas is not None:
+            render = partial(_step_events, generation, renderer, deltas)
+            yield await _rendered(context, render, slow=_is_slow(deltas))
+            deltas = await anext(steps, None)
     except (JaxserveError, HttpError) as error:
         logger.warning("request %s failed in its stream: %s", request_id, error)
         yield event(error_body(error, request_id).to_dict()) + DONE

@@ -13,14 +13,13 @@ from typing import Any
 
 import orjson
 
-from jaxserve.api.generation import ChoiceDelta, Usage
+from jaxserve.api.generation import MIN_LOGPROB, ChoiceDelta, Usage
 from jaxserve.api.prompts import TokenizedPrompt
 from jaxserve.api.protocol import OutputOptions
 from jaxserve.messages import TopLogprobs
 from jaxserve.tokenizer import Tokenizer
 
 Json = dict[str, Any]
-MIN_LOGPROB = -9999.0  # JSON has no infinity
 DONE = b"data: [DONE]\n\n"
 
 
@@ -69,31 +68,42 @@ class TokenStrings:
 
 
 def completion_logprobs(
-    ids: Sequence[int], logprobs: Sequence[TopLogprobs], offset: int, token_string: TokenStrings
+    ids: Sequence[int],
+    logprobs: Sequence[TopLogprobs | None],
+    k: int,
+    offset: int,
+    token_string: TokenStrings,
 ) -> tuple[Json, int]:
-    """The four parallel arrays of `/v1/completions`, and where the next token's text begins."""
-    offsets, tokens, top = [], [], []
-    for token_id, entry in zip(ids, logprobs, strict=True):
-        token = token_string(token_id)
+    """The four parallel arrays of `/v1/completions`, and where the next token's text begins.
+
+    Args:
+        logprobs: None for the first token of a prompt.
+        k: the most likely tokens to show beside each.
+    """
+    offsets, tokens = [], []
+    for token_id in ids:
+        tokens.append(token_string(token_id))
         offsets.append(offset)
-        tokens.append(token)
-        top.append(_top_by_string(token_id, entry, token_string))
-        offset += len(token)
+        offset += len(tokens[-1])
     arrays = {
         "text_offset": offsets,
-        "token_logprobs": [max(entry.logprob, MIN_LOGPROB) for entry in logprobs],
+        "token_logprobs": [entry and max(entry.logprob, MIN_LOGPROB) for entry in logprobs],
         "tokens": tokens,
-        "top_logprobs": top,
+        "top_logprobs": [
+            entry and _top_by_string(token_id, entry, k, token_string)
+            for token_id, entry in zip(ids, logprobs, strict=True)
+        ],
     }
     return arrays, offset
 
 
-def _top_by_string(token_id: int, entry: TopLogprobs, token_string: TokenStrings) -> dict[str, float]:
+def _top_by_string(token_id: int, entry: TopLogprobs, k: int, token_string: TokenStrings) -> dict[str, float]:
     """The most likely tokens and the sampled one; of two with the same string the likelier wins."""
     top: dict[str, float] = {}
-    for top_id, logprob in zip(entry.top_ids, entry.top_logprobs, strict=True):
+    top_ids = entry.top_ids[:k]
+    for top_id, logprob in zip(top_ids, entry.top_logprobs, strict=False):
         top.setdefault(token_string(top_id), max(logprob, MIN_LOGPROB))
-    if token_id not in entry.top_ids:
+    if token_id not in top_ids:
         top.setdefault(token_string(token_id), max(entry.logprob, MIN_LOGPROB))
     return top
 
@@ -120,6 +130,40 @@ def _chat_token(token_id: int, logprob: float, token_string: TokenStrings) -> Js
         "logprob": max(logprob, MIN_LOGPROB),
         "bytes": list(token_string.tokenizer.token_bytes(token_id)),
     }
+
+
+def prompt_logprobs_json(
+    ids: Sequence[int], logprobs: Sequence[TopLogprobs], k: int, tokenizer: Tokenizer
+) -> list[Json | None]:
+    """`prompt_logprobs` of a prompt: null for its first token, then one object a token.
+
+    Args:
+        logprobs: from the prompt's second token on.
+        k: the most likely tokens to show beside each.
+    """
+    return [None] + [
+        _prompt_token(token_id, entry, k, tokenizer)
+        for token_id, entry in zip(ids[1:], logprobs, strict=True)
+    ]
+
+
+def _prompt_token(token_id: int, entry: TopLogprobs, k: int, tokenizer: Tokenizer) -> Json:
+    """By id: the actual token, then the k most likely; k or k + 1 of them."""
+
+    def described(member: int, logprob: float, rank: int) -> Json:
+        return {
+            "logprob": max(logprob, MIN_LOGPROB),
+            "rank": rank,
+            "decoded_token": tokenizer.token_str(member),
+        }
+
+    members = {str(token_id): described(token_id, entry.logprob, entry.rank)}
+    rank = 1
+    for place, (top_id, logprob) in enumerate(zip(entry.top_ids[:k], entry.top_logprobs, strict=False)):
+        if place and logprob < entry.top_logprobs[place - 1]:
+            rank = place + 1
+        members.setdefault(str(top_id), described(top_id, logprob, rank))
+    return members
 
 
 @dataclass(slots=True)
@@ -167,6 +211,9 @@ class Renderer(ABC):
         """Keep a step's deltas for `response`."""
         for delta in deltas:
             state = self.states[delta.index]
+            if not state.started:
+                self._begin(delta)
+            state.started = True
             state.texts.append(delta.text)
             state.token_ids += delta.token_ids
             state.finish_reason, state.stop_reason = delta.finish_reason, delta.stop_reason
@@ -221,6 +268,10 @@ class Renderer(ABC):
     # --- what differs between the APIs ---------------------------------------------------------------------
 
     @abstractmethod
+    def _begin(self, delta: ChoiceDelta) -> None:
+        """Take what precedes a choice's first delta in the whole response."""
+
+    @abstractmethod
     def _logprobs(self, delta: ChoiceDelta) -> Json | None:
         """The delta's logprobs; None if there are none to show."""
 
@@ -248,12 +299,50 @@ class CompletionRenderer(Renderer):
 
     object_name = chunk_object_name = "text_completion"
 
+    def __init__(
+        self,
+        head: ResponseHead,
+        tokenizer: Tokenizer,
+        prompts: Sequence[TokenizedPrompt],
+        n: int,
+        options: OutputOptions,
+    ) -> None:
+        super().__init__(head, tokenizer, prompts, n, options)
+        # by prompt, rendered once for all of its choices
+        self._echoed_logprobs: dict[int, tuple[Json, int]] = {}
+        self._prompt_logprobs: dict[int, orjson.Fragment] = {}
+
+    def _begin(self, delta: ChoiceDelta) -> None:
+        state = self.states[delta.index]
+        state.logprobs = self._echo_logprobs(state, delta)
+        asked, index = self.options.prompt_logprobs, delta.index // self.n
+        if asked is not None and delta.prompt_logprobs is not None and index not in self._prompt_logprobs:
+            rendered = prompt_logprobs_json(
+                self.prompts[index].token_ids, delta.prompt_logprobs, asked, self.token_string.tokenizer
+            )
+            self._prompt_logprobs[index] = orjson.Fragment(orjson.dumps(rendered))
+
+    def _echo_logprobs(self, state: ChoiceState, delta: ChoiceDelta) -> Json | None:
+        """The arrays of the prompt, if they are to precede those of the choice that begins with `delta`."""
+        k = self.options.logprobs
+        if not self.options.echo or k is None or delta.prompt_logprobs is None:
+            return None
+        index = delta.index // self.n
+        if index not in self._echoed_logprobs:
+            ids = self.prompts[index].token_ids
+            self._echoed_logprobs[index] = completion_logprobs(
+                ids, [None, *delta.prompt_logprobs], k, 0, self.token_string
+            )
+        arrays, state.text_offset = self._echoed_logprobs[index]
+        return {name: list(members) for name, members in arrays.items()}
+
     def _logprobs(self, delta: ChoiceDelta) -> Json | None:
-        if not delta.logprobs:
+        k = self.options.logprobs
+        if k is None or not delta.logprobs:
             return None
         state = self.states[delta.index]
         arrays, state.text_offset = completion_logprobs(
-            delta.token_ids, delta.logprobs, state.text_offset, self.token_string
+            delta.token_ids, delta.logprobs, k, state.text_offset, self.token_string
         )
         return arrays
 
@@ -265,7 +354,7 @@ class CompletionRenderer(Renderer):
             "logprobs": state.logprobs,
             "finish_reason": state.finish_reason,
             "stop_reason": state.stop_reason,
-            "prompt_logprobs": None,
+            "prompt_logprobs": self._prompt_logprobs.get(index // self.n),
         }
         if self.options.return_token_ids:
             choice |= {"token_ids": state.token_ids, "prompt_token_ids": prompt.token_ids}
@@ -276,17 +365,18 @@ class CompletionRenderer(Renderer):
 
     def _chunk_choices(self, state: ChoiceState, delta: ChoiceDelta) -> list[tuple[Json, bytes]]:
         choices = []
-        prompt = self._prompt(delta.index)
-        if not state.started and prompt.echo:
-            choices.append(self._chunk_choice(state, ChoiceDelta(delta.index, prompt.echo)))
-        choices.append(self._chunk_choice(state, delta))
+        if not state.started:
+            echo, logprobs = self._prompt(delta.index).echo, self._echo_logprobs(state, delta)
+            if echo or logprobs:
+                choices.append(self._chunk_choice(state, ChoiceDelta(delta.index, echo), logprobs))
+        choices.append(self._chunk_choice(state, delta, self._logprobs(delta)))
         return [(choice, b"") for choice in choices]
 
-    def _chunk_choice(self, state: ChoiceState, delta: ChoiceDelta) -> Json:
+    def _chunk_choice(self, state: ChoiceState, delta: ChoiceDelta, logprobs: Json | None) -> Json:
         choice = {
             "index": delta.index,
             "text": delta.text,
-            "logprobs": self._logprobs(delta),
+            "logprobs": logprobs,
             "finish_reason": delta.finish_reason,
             "stop_reason": delta.stop_reason,
         }
@@ -321,9 +411,17 @@ class ChatRenderer(Renderer):
         super().__init__(head, tokenizer, prompts, n, options)
         self.role = role
         self._sent_prompt_ids = False
+        self._prompt_logprobs: list[Json | None] | None = None
+
+    def _begin(self, delta: ChoiceDelta) -> None:
+        asked = self.options.prompt_logprobs
+        if asked is not None and delta.prompt_logprobs is not None and self._prompt_logprobs is None:
+            self._prompt_logprobs = prompt_logprobs_json(
+                self.prompts[0].token_ids, delta.prompt_logprobs, asked, self.token_string.tokenizer
+            )
 
     def _logprobs(self, delta: ChoiceDelta) -> Json | None:
-        if not delta.logprobs:
+        if self.options.logprobs is None or not delta.logprobs:
             return None
         return {"content": chat_logprobs(delta.token_ids, delta.logprobs, self.token_string)}
 
@@ -341,7 +439,7 @@ class ChatRenderer(Renderer):
         return choice
 
     def _response_extras(self) -> Json:
-        extras: Json = {"prompt_logprobs": None}
+        extras: Json = {"prompt_logprobs": self._prompt_logprobs}
         if self.options.return_token_ids:
             extras["prompt_token_ids"] = self.prompts[0].token_ids
         return extras

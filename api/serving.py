@@ -107,6 +107,7 @@ class _Server:
             await asyncio.gather(start, return_exceptions=True)
         finally:
             await self._engine.stop()
+            self._context.templates.process.close()
             self._executor.shutdown(wait=False, cancel_futures=True)
         if not start.cancelled() and (error := start.exception()) is not None:
             raise error
@@ -116,6 +117,7 @@ class _Server:
         """Load the tokenizer while the engine process loads the model."""
         logger.info("starting: /health answers at %s", self._address())
         await self._engine.start()
+        self._context.templates.process.start()
         loading = asyncio.get_running_loop().run_in_executor(self._executor, self._load_text_side)
         ready = asyncio.ensure_future(self._engine.wait_ready())
         try:
@@ -145,11 +147,6 @@ class _Server:
         defaults = load_generation_defaults(
             self._path, config.generation_config, config.override_generation_config, tokenizer
         )
-        if defaults.repetition_penalty not in (None, 1.0):
-            logger.warning(
-                "the model's generation config asks for a repetition_penalty of %g, which this version does not apply",
-                defaults.repetition_penalty,
-            )
         if template is None:
             logger.info("the model has no chat template: /v1/chat/completions needs --chat-template")
         self._context.set_model(tokenizer, template, defaults)

@@ -42,7 +42,8 @@ class FakeRequestStream:
     """Outputs of one request; ends when each of its sequences is finished or aborted."""
 
     def __init__(self, request: AddRequest) -> None:
-        self.live = set(range(request.params.n))
+        params = request.params
+        self.live = set(range(params.n if params.use_beam_search else params.num_sequences))
         self._arrived: asyncio.Queue[list[SequenceOutput] | EngineError | None] = asyncio.Queue()
         self._ended = False
 
@@ -162,7 +163,7 @@ def generate(
     token_ids: Sequence[Sequence[int]],
     *,
     finish_reason: FinishReason = "stop",
-    stop_reason: int | None = None,
+    stop_reason: int | str | None = None,
     tokens_per_step: int = 1,
     num_cached_tokens: int = 0,
     logprobs: Callable[[int, int], TopLogprobs] | None = None,
@@ -171,7 +172,8 @@ def generate(
 
     Args:
         finish_reason: comes with each sequence's last token.
-        logprobs: (token id, k) → what is reported; called if the request asks for k logprobs.
+        logprobs: (token id, k) → what is reported; called if the request asks for k logprobs of generated tokens, or
+            of those of the prompt.
     """
     now = time.monotonic()
     steps = [
@@ -180,6 +182,15 @@ def generate(
             for i in range(len(token_ids))
         ]
     ]
+    if request.params.prompt_logprobs is not None and logprobs is not None:
+        k = request.params.prompt_logprobs
+        entries = [logprobs(token_id, k) for token_id in request.prompt_token_ids[1:]]
+        for start in range(0, len(entries), 3):  # in chunks, as long prompts are computed
+            part = entries[start : start + 3]
+            steps.append([SequenceOutput(request.request_id, 0, [], prompt_logprobs=part)])
+    if request.params.max_tokens == 0:
+        ends = [SequenceOutput(request.request_id, i, [], "length") for i in range(len(token_ids))]
+        return [*steps, ends]
     for start in range(0, max(len(ids) for ids in token_ids), tokens_per_step):
         step = []
         for i, ids in enumerate(token_ids):

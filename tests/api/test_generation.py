@@ -51,7 +51,7 @@ def says(*texts: str | list[int], **options: Any) -> Script:
     def script(request: AddRequest) -> list[list[SequenceOutput]]:
         sequences = [
             (ids(text) if isinstance(text, str) else text) + ends
-            for text in (texts * 200)[: request.params.n]
+            for text in (texts * 200)[: request.params.num_sequences]
         ]
         return generate(request, sequences, **options)
 

@@ -68,6 +68,7 @@ def timings(**changes: object) -> RequestTimings:
     fields: dict[str, object] = {
         "finish_reason": "stop",
         "n": 2,
+        "best_of": 2,
         "max_tokens": 16,
         "prompt_tokens": 7,
         "cached_tokens": 4,

@@ -63,7 +63,7 @@ def top(sampled: int, k: int) -> TopLogprobs:
 
 def test_completion_logprobs_are_four_parallel_arrays(tokenizer: Tokenizer) -> None:
     arrays, offset = completion_logprobs(
-        [HELLO, WORLD, END], [top(HELLO, 0), top(WORLD, 0), top(END, 0)], 0, TokenStrings(tokenizer)
+        [HELLO, WORLD, END], [top(HELLO, 0), top(WORLD, 0), top(END, 0)], 0, 0, TokenStrings(tokenizer)
     )
     assert arrays == {
         "text_offset": [0, 5, 11],
@@ -75,7 +75,7 @@ def test_completion_logprobs_are_four_parallel_arrays(tokenizer: Tokenizer) -> N
 
 
 def test_completion_offsets_go_on_from_chunk_to_chunk(tokenizer: Tokenizer) -> None:
-    arrays, _ = completion_logprobs([WORLD], [top(WORLD, 0)], 5, TokenStrings(tokenizer))
+    arrays, _ = completion_logprobs([WORLD], [top(WORLD, 0)], 0, 5, TokenStrings(tokenizer))
     assert arrays["text_offset"] == [5]
 
 
@@ -90,20 +90,20 @@ def test_completion_top_logprobs_have_the_sampled_token_once(
     tokenizer: Tokenizer, sampled: int, expected: dict[str, float]
 ) -> None:
     entry = TopLogprobs(-1.0 if sampled == ord("B") else -2.0, 2, [ord("A"), ord("B")], [-0.5, -1.0])
-    arrays, _ = completion_logprobs([sampled], [entry], 0, TokenStrings(tokenizer))
+    arrays, _ = completion_logprobs([sampled], [entry], 2, 0, TokenStrings(tokenizer))
     assert arrays["top_logprobs"] == [expected]
 
 
 def test_of_two_tokens_with_the_same_string_the_likelier_is_shown(tokenizer: Tokenizer) -> None:
     entry = TopLogprobs(-3.0, 3, [0xC3, 0xC4], [-0.5, -1.0])  # bytes that are no character alone
-    arrays, _ = completion_logprobs([0xC5], [entry], 0, TokenStrings(tokenizer))
+    arrays, _ = completion_logprobs([0xC5], [entry], 2, 0, TokenStrings(tokenizer))
     assert arrays["tokens"] == ["\ufffd"]
     assert arrays["top_logprobs"] == [{"\ufffd": -0.5}]
 
 
 def test_minus_infinity_is_written_as_a_number(tokenizer: Tokenizer) -> None:
     entry = TopLogprobs(-math.inf, 9, [65], [-20000.0])
-    arrays, _ = completion_logprobs([66], [entry], 0, TokenStrings(tokenizer))
+    arrays, _ = completion_logprobs([66], [entry], 1, 0, TokenStrings(tokenizer))
     assert arrays["token_logprobs"] == [-9999.0]
     assert arrays["top_logprobs"] == [{"A": -9999.0, "B": -9999.0}]
     (chat,) = chat_logprobs([66], [entry], TokenStrings(tokenizer))
@@ -134,7 +134,7 @@ def test_chat_bytes_of_partial_characters_are_the_tokens_own(tokenizer: Tokenize
 
 def test_tokens_are_written_as_ids_on_request(tokenizer: Tokenizer) -> None:
     strings = TokenStrings(tokenizer, as_token_ids=True)
-    arrays, offset = completion_logprobs([HELLO], [top(HELLO, 1)], 0, strings)
+    arrays, offset = completion_logprobs([HELLO], [top(HELLO, 1)], 1, 0, strings)
     assert (arrays["tokens"], offset) == ([f"token_id:{HELLO}"], len(f"token_id:{HELLO}"))
     assert arrays["top_logprobs"][0].keys() == {"token_id:0", f"token_id:{HELLO}"}
     (chat,) = chat_logprobs([HELLO], [top(HELLO, 1)], strings)
