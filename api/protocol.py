@@ -122,6 +122,7 @@ class ProtocolConfig:
         return_tokens_as_token_ids: likewise.
         force_include_usage: every stream reports its usage.
         ignore_unknown_fields: drop unknown fields instead of refusing the request.
+        request_chat_template: whether requests may bring templates and variables of their own.
     """
 
     model_names: tuple[str, ...]
@@ -136,6 +137,7 @@ class ProtocolConfig:
     return_tokens_as_token_ids: bool = False
     force_include_usage: bool = False
     ignore_unknown_fields: bool = False
+    request_chat_template: bool = True
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -207,13 +209,25 @@ class CompletionRequest(GenerationRequest):
 
 @dataclass(frozen=True, kw_only=True)
 class ChatPrompt:
-    """Messages and what the chat template needs beside them."""
+    """Messages and what the chat template needs beside them.
+
+    Attributes:
+        chat_template: used instead of the model's.
+        chat_template_kwargs: further variables for the template.
+    """
 
     messages: list[dict[str, Any]]
     add_generation_prompt: bool = True
     continue_final_message: bool = False
     documents: list[dict[str, str]] | None = None
     reasoning_effort: str | None = None
+    chat_template: str | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+
+    @property
+    def brings_template(self) -> bool:
+        """Whether rendering runs what the request brings: it must not run in this process."""
+        return self.chat_template is not None or bool(self.chat_template_kwargs)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -692,17 +706,19 @@ def completion_table(config: ProtocolConfig) -> Table:
     )
 
 
-def _template_fields() -> tuple[Field, ...]:
+def _template_fields(config: ProtocolConfig) -> tuple[Field, ...]:
+    off = never("is turned off on this server (--no-request-chat-template); leave it out.", {})
+    refusal = None if config.request_chat_template else off
     return (
         _boolean("add_generation_prompt", True),
         _boolean("continue_final_message"),
         Field(name="documents", kind=DOCUMENTS),
         Field(name="tools", kind=TOOLS, refusal=not_yet()),
-        Field(name="chat_template", kind=String(), refusal=not_yet()),
+        Field(name="chat_template", kind=String(), refusal=refusal),
         Field(
             name="chat_template_kwargs",
             kind=FreeObject(reserved=RESERVED_TEMPLATE_KWARGS),
-            refusal=not_yet({}),
+            refusal=refusal,
         ),
     )
 
@@ -717,7 +733,7 @@ def chat_table(config: ProtocolConfig) -> Table:
             Field(name="max_completion_tokens", kind=Integer(minimum=1)),
             _boolean("logprobs"),
             Field(name="top_logprobs", kind=Integer(minimum=0, maximum=config.max_logprobs), default=0),
-            *_template_fields(),
+            *_template_fields(config),
             Field(name="tool_choice", kind=TOOL_CHOICE, refusal=not_yet("none")),
             _boolean("parallel_tool_calls", True),
             *_common_fields(config, add_special_tokens=False),
@@ -735,16 +751,20 @@ TOKENIZE_TEXT = Table(
     ),
     field_texts.TOKENIZE_TEXT,
 )
-TOKENIZE_MESSAGES = Table(
-    (
-        Field(name="model", kind=String()),
-        Field(name="messages", kind=MESSAGES, required=True),
-        *_template_fields(),
-        _boolean("add_special_tokens", False),
-        _boolean("return_token_strs"),
-    ),
-    field_texts.TOKENIZE_MESSAGES,
-)
+
+
+def tokenize_messages_table(config: ProtocolConfig) -> Table:
+    """The body of `POST /tokenize` with a conversation."""
+    return Table(
+        (
+            Field(name="model", kind=String()),
+            Field(name="messages", kind=MESSAGES, required=True),
+            *_template_fields(config),
+            _boolean("add_special_tokens", False),
+            _boolean("return_token_strs"),
+        ),
+        field_texts.TOKENIZE_MESSAGES,
+    )
 
 
 def detokenize_table(config: ProtocolConfig) -> Table:
@@ -778,6 +798,10 @@ class Protocol:
         return chat_table(self.config)
 
     @cached_property
+    def _tokenize_messages(self) -> Table:
+        return tokenize_messages_table(self.config)
+
+    @cached_property
     def _detokenize(self) -> Table:
         return detokenize_table(self.config)
 
@@ -791,6 +815,7 @@ class Protocol:
                 "max_tokens must be at least 1 (0 is for echo alone), got 0.", param="max_tokens"
             )
         field = "max_tokens" if "max_tokens" in values.given else None
+        length = self._length(values, field)
         output = self._output(values, logprobs=values["logprobs"])
         # tokens of an echoed prompt are shown like generated ones
         asked = (output.prompt_logprobs, output.logprobs if output.echo else None)
@@ -798,7 +823,7 @@ class Protocol:
         return CompletionRequest(
             prompts=prompts,
             sampling=self._sampling(values, logprobs=output.logprobs, prompt_logprobs=prompt_logprobs),
-            length=self._length(values, field),
+            length=length,
             output=output,
             add_special_tokens=values["add_special_tokens"],
             bad_words=tuple(values["bad_words"] or ()),
@@ -816,11 +841,12 @@ class Protocol:
         logprobs = values["top_logprobs"] if values["logprobs"] else None
         both = ("max_completion_tokens", "max_tokens")
         field = next((name for name in both if name in values.given), None)
+        length = self._length(values, field)
         output = self._output(values, logprobs=logprobs)
         return ChatRequest(
             prompt=_chat_prompt(values, reasoning_effort=values["reasoning_effort"]),
             sampling=self._sampling(values, logprobs=logprobs, prompt_logprobs=output.prompt_logprobs),
-            length=self._length(values, field),
+            length=length,
             output=output,
             add_special_tokens=values["add_special_tokens"],
             bad_words=tuple(values["bad_words"] or ()),
@@ -838,7 +864,7 @@ class Protocol:
             message = "One of prompt and messages is required."
             raise RequestError(message, param="prompt", code="missing_required_parameter")
         body = {name: value for name, value in body.items() if name != ("messages" if text else "prompt")}
-        values, ignored = self._read(TOKENIZE_TEXT if text else TOKENIZE_MESSAGES, body)
+        values, ignored = self._read(TOKENIZE_TEXT if text else self._tokenize_messages, body)
         return TokenizeRequest(
             prompt=values["prompt"] if text else _chat_prompt(values),
             add_special_tokens=values["add_special_tokens"],
@@ -1009,4 +1035,6 @@ def _chat_prompt(values: Values, *, reasoning_effort: str | None = None) -> Chat
         continue_final_message=values["continue_final_message"],
         documents=values["documents"],
         reasoning_effort=reasoning_effort,
+        chat_template=values["chat_template"],
+        chat_template_kwargs=values["chat_template_kwargs"],
     )

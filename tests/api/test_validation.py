@@ -46,6 +46,7 @@ TYPE, VALUE = "invalid_type", "invalid_value"
 UNSUPPORTED, UNSUPPORTED_VALUE = "unsupported_parameter", "unsupported_value"
 MISSING, UNKNOWN = "missing_required_parameter", "unknown_parameter"
 NOT_YET = "not served by this version"
+BEAMS: dict[str, Any] = {"use_beam_search": True, "best_of": 4}
 
 BOTH: list[Row] = [
     ({"model": None}, MISSING, "model", "model is required"),
@@ -72,27 +73,43 @@ BOTH: list[Row] = [
     ({"min_p": False}, TYPE, "min_p", "must be a number"),
     ({"presence_penalty": 2.5}, VALUE, "presence_penalty", "between -2 and 2"),
     ({"presence_penalty": "x"}, TYPE, "presence_penalty", "must be a number"),
-    ({"presence_penalty": 0.5}, UNSUPPORTED, "presence_penalty", NOT_YET),
     ({"frequency_penalty": -3}, VALUE, "frequency_penalty", "between -2 and 2, got -3"),
-    ({"frequency_penalty": 1}, UNSUPPORTED, "frequency_penalty", NOT_YET),
     ({"repetition_penalty": 0}, VALUE, "repetition_penalty", "greater than 0"),
     ({"repetition_penalty": -1.0}, VALUE, "repetition_penalty", "greater than 0"),
-    ({"repetition_penalty": 1.1}, UNSUPPORTED, "repetition_penalty", NOT_YET),
+    ({"repetition_penalty": "1.1"}, TYPE, "repetition_penalty", "must be a number"),
+    ({"repetition_penalty": 2**64}, "invalid_json", "repetition_penalty", "more than 64 bits"),
     ({"logit_bias": []}, TYPE, "logit_bias", "an object from token ids to numbers"),
     ({"logit_bias": {"1": "2"}}, TYPE, "logit_bias.1", "must be a number"),
-    ({"logit_bias": {"a": 1, "2": 1, "b": 1, "-1": 1}}, VALUE, "logit_bias", "no integers: a, b, -1"),
+    ({"logit_bias": {"a": 1, "2": 1, "b": 1, "-1": 1}}, VALUE, "logit_bias", "no integers: a, b;"),
+    ({"logit_bias": {"a": 1, "2": 1, "-1": 1}}, VALUE, "logit_bias", "vocabulary of 100: -1."),
+    (
+        {"logit_bias": {"a": 1, "100": 1, "2": 101}},
+        VALUE,
+        "logit_bias",
+        "a; has token ids outside the vocabulary of 100: 100; must have values between -100 and 100; at fault: 2.",
+    ),
+    ({"logit_bias": {"1.0": 1}}, VALUE, "logit_bias", "no integers: 1.0"),
+    ({"logit_bias": {"": 1}}, VALUE, "logit_bias", "no integers"),
+    ({"logit_bias": {"9" * 5000: 1}}, VALUE, "logit_bias", "vocabulary of 100: 99"),
+    ({"logit_bias": {"1": 10**400}}, VALUE, "logit_bias", "at fault: 1"),
+    ({"logit_bias": {"1": None}}, TYPE, "logit_bias.1", "got null"),
+    ({"logit_bias": {"1": True}}, TYPE, "logit_bias.1", "got a boolean"),
     ({"logit_bias": {"100": 1, "7": 1, "101": 2}}, VALUE, "logit_bias", "vocabulary of 100: 100, 101"),
     ({"logit_bias": {"1": 101, "2": -100.5, "3": 1}}, VALUE, "logit_bias", "at fault: 1, 2"),
     ({"logit_bias": {str(i): 1 for i in range(1025)}}, VALUE, "logit_bias", "at most 1,024"),
-    ({"logit_bias": {"1": 1}}, UNSUPPORTED, "logit_bias", NOT_YET),
     ({"allowed_token_ids": []}, VALUE, "allowed_token_ids", "at least 1"),
     ({"allowed_token_ids": [V]}, VALUE, "allowed_token_ids", "token id 100"),
     ({"allowed_token_ids": ["1"]}, TYPE, "allowed_token_ids", "allowed_token_ids[0] must be an integer"),
-    ({"allowed_token_ids": [1]}, UNSUPPORTED, "allowed_token_ids", NOT_YET),
+    ({"allowed_token_ids": [-1]}, VALUE, "allowed_token_ids", "token id -1"),
+    ({"allowed_token_ids": [1] * (V + 1)}, VALUE, "allowed_token_ids", "at most 100"),
+    ({"allowed_token_ids": 1}, TYPE, "allowed_token_ids", "an array of token ids"),
+    ({"allowed_token_ids": [1.5]}, TYPE, "allowed_token_ids", "must be an integer"),
     ({"bad_words": "x"}, TYPE, "bad_words", "an array of strings"),
     ({"bad_words": [""]}, VALUE, "bad_words", "1 to 256 characters"),
     ({"bad_words": ["x"] * 129}, VALUE, "bad_words", "at most 128"),
-    ({"bad_words": ["x"]}, UNSUPPORTED, "bad_words", NOT_YET),
+    ({"bad_words": ["x" * 257]}, VALUE, "bad_words", "got 257"),
+    ({"bad_words": [1]}, TYPE, "bad_words", "bad_words[0] must be a string"),
+    ({"bad_words": [["x"]]}, TYPE, "bad_words", "bad_words[0] must be a string, got an array"),
     ({"seed": 2**63}, VALUE, "seed", "64-bit"),
     ({"seed": -(2**63) - 1}, VALUE, "seed", "64-bit"),
     ({"seed": 1.5}, TYPE, "seed", "must be an integer"),
@@ -107,15 +124,33 @@ BOTH: list[Row] = [
     ({"n": 3, "best_of": 2}, VALUE, "best_of", "at least n (3), got 2"),
     ({"best_of": 0}, VALUE, "best_of", "between 1 and 128"),
     ({"best_of": 129}, VALUE, "best_of", "between 1 and 128"),
-    ({"best_of": 2}, UNSUPPORTED, "best_of", "best_of greater than n"),
-    ({"best_of": 2, "stream": True}, UNSUPPORTED, "best_of", "best_of"),
-    ({"use_beam_search": True}, UNSUPPORTED, "use_beam_search", NOT_YET),
+    ({"best_of": "2"}, TYPE, "best_of", "must be an integer"),
+    ({"best_of": 2, "stream": True}, UNSUPPORTED, "best_of", "cannot be streamed"),
+    ({"n": 2, "best_of": 3, "stream": True}, UNSUPPORTED, "best_of", "cannot be streamed"),
     ({"use_beam_search": 1}, TYPE, "use_beam_search", "must be a boolean, got an integer (1)"),
-    ({"length_penalty": 2.0}, UNSUPPORTED, "length_penalty", "only for use_beam_search"),
+    ({"length_penalty": 2.0}, VALUE, "length_penalty", "only with use_beam_search"),
+    ({"length_penalty": 0}, VALUE, "length_penalty", "only with use_beam_search"),
     ({"length_penalty": "x"}, TYPE, "length_penalty", "must be a number"),
-    ({"early_stopping": True}, UNSUPPORTED, "early_stopping", "only for use_beam_search"),
-    ({"early_stopping": "never"}, UNSUPPORTED, "early_stopping", "only for use_beam_search"),
+    ({"length_penalty": -(10**400)}, VALUE, "length_penalty", "a finite number"),
+    ({"length_penalty": 10**30}, "invalid_json", "length_penalty", "more than 64 bits"),
+    ({"early_stopping": True}, VALUE, "early_stopping", "only with use_beam_search"),
+    ({"early_stopping": "never"}, VALUE, "early_stopping", "only with use_beam_search"),
+    # beam search
+    (BEAMS | {"n": 1, "best_of": 1}, VALUE, "best_of", "at least 2, got 1"),
+    ({"use_beam_search": True}, VALUE, "best_of", "at least 2, got 1"),
+    (BEAMS | {"n": 5}, VALUE, "best_of", "at least n (5), got 4"),
+    (BEAMS | {"temperature": 0.5}, VALUE, "temperature", "temperature must be 0 when using beam search"),
+    (BEAMS | {"temperature": 1}, VALUE, "temperature", "must be 0 when using beam search, got 1"),
+    (BEAMS | {"temperature": 1e-6}, VALUE, "temperature", "must be 0"),
+    (BEAMS | {"top_p": 0.9}, VALUE, "top_p", "must be 1 when using beam search"),
+    (BEAMS | {"top_k": 5}, VALUE, "top_k", "must be -1 or 0 when using beam search"),
+    (BEAMS | {"top_k": V}, VALUE, "top_k", "must be -1 or 0 when using beam search"),
+    (BEAMS | {"min_p": 0.1}, VALUE, "min_p", "must be 0 when using beam search"),
+    (BEAMS | {"stream": True}, UNSUPPORTED, "stream", "must be false when using beam search"),
+    (BEAMS | {"best_of": 129}, VALUE, "best_of", "between 1 and 128"),
     ({"early_stopping": "soon"}, VALUE, "early_stopping", "'never'"),
+    (BEAMS | {"early_stopping": "soon"}, VALUE, "early_stopping", "'never'"),
+    (BEAMS | {"length_penalty": True}, TYPE, "length_penalty", "must be a number"),
     ({"early_stopping": 1}, TYPE, "early_stopping", "a boolean or a string"),
     # stopping
     ({"max_tokens": -1}, VALUE, "max_tokens", "at least"),
@@ -123,7 +158,15 @@ BOTH: list[Row] = [
     ({"max_tokens": "5"}, TYPE, "max_tokens", "must be an integer"),
     ({"max_tokens": 1.5}, TYPE, "max_tokens", "must be an integer"),
     ({"min_tokens": -1}, VALUE, "min_tokens", "at least 0"),
-    ({"min_tokens": 1}, UNSUPPORTED, "min_tokens", NOT_YET),
+    ({"min_tokens": 1.5}, TYPE, "min_tokens", "must be an integer"),
+    (
+        {"min_tokens": 6, "max_tokens": 5},
+        VALUE,
+        "min_tokens",
+        "min_tokens must be at most max_tokens (5), got 6",
+    ),
+    ({"min_tokens": L + 1, "max_tokens": None}, VALUE, "min_tokens", "at most max_tokens (64), got 65"),
+    ({"min_tokens": 10**4000}, VALUE, "min_tokens", "min_tokens"),
     ({"stop": ""}, VALUE, "stop", "1 to 256 characters, got 0"),
     ({"stop": ["a", ""]}, VALUE, "stop", "stop[1]"),
     ({"stop": "x" * 257}, VALUE, "stop", "got 257 characters"),
@@ -158,8 +201,9 @@ BOTH: list[Row] = [
     # output
     ({"prompt_logprobs": 21}, VALUE, "prompt_logprobs", "between 0 and 20"),
     ({"prompt_logprobs": "1"}, TYPE, "prompt_logprobs", "must be an integer"),
-    ({"prompt_logprobs": 0}, UNSUPPORTED, "prompt_logprobs", NOT_YET),
-    ({"prompt_logprobs": 0, "stream": True}, UNSUPPORTED, "prompt_logprobs", "prompt_logprobs"),
+    ({"prompt_logprobs": -1}, VALUE, "prompt_logprobs", "between 0 and 20, got -1"),
+    ({"prompt_logprobs": True}, TYPE, "prompt_logprobs", "must be an integer"),
+    ({"prompt_logprobs": 0, "stream": True}, UNSUPPORTED, "prompt_logprobs", "not served in streams"),
     ({"return_tokens_as_token_ids": 1}, TYPE, "return_tokens_as_token_ids", "must be a boolean"),
     ({"return_token_ids": "x"}, TYPE, "return_token_ids", "must be a boolean"),
     ({"echo": "x"}, TYPE, "echo", "must be a boolean"),
@@ -305,7 +349,12 @@ COMPLETION: list[Row] = [
     ({"logprobs": True}, TYPE, "logprobs", "must be an integer"),
     ({"suffix": "x"}, UNSUPPORTED, "suffix", "not supported"),
     ({"suffix": 5}, UNSUPPORTED, "suffix", "not supported"),
-    ({"echo": True, "logprobs": 1}, UNSUPPORTED, "echo", "echo together with logprobs"),
+    ({"prompt": ["a"] * 513, "best_of": 2}, VALUE, "best_of", "1026 sequences"),
+    ({"prompt": ["a"] * 9} | BEAMS | {"best_of": 128}, VALUE, "best_of", "1152 sequences"),
+    ({"min_tokens": 17}, VALUE, "min_tokens", "at most max_tokens (16), got 17"),
+    ({"max_tokens": 0, "echo": True, "min_tokens": 1}, VALUE, "min_tokens", "at most max_tokens (0), got 1"),
+    ({"max_tokens": 0, "logprobs": 1}, VALUE, "max_tokens", "for echo alone"),
+    ({"max_tokens": 0, "prompt_logprobs": 1}, VALUE, "max_tokens", "for echo alone"),
     ({"messages": HELLO}, UNKNOWN, "messages", "Unknown field 'messages'"),
     ({"max_completion_tokens": 5}, UNKNOWN, "max_completion_tokens", "Unknown field"),
     ({"top_logprobs": 5}, UNKNOWN, "top_logprobs", "Unknown field"),
@@ -376,6 +425,12 @@ CHAT: list[Row] = [
     (part({"type": "input_audio"}), UNSUPPORTED_VALUE, "messages[0].content[1].type", "'text'"),
     (part({"type": "file"}), UNSUPPORTED_VALUE, "messages[0].content[1].type", "got 'file'"),
     ({"max_completion_tokens": 0}, VALUE, "max_completion_tokens", "at least 1"),
+    (
+        {"max_completion_tokens": 5, "max_tokens": 50, "min_tokens": 6},
+        VALUE,
+        "min_tokens",
+        "at most max_completion_tokens (5), got 6",
+    ),
     ({"max_completion_tokens": "5"}, TYPE, "max_completion_tokens", "must be an integer"),
     ({"max_tokens": 0, "echo": True}, VALUE, "max_tokens", "at least 1"),
     ({"logprobs": 1}, TYPE, "logprobs", "must be a boolean"),
@@ -393,9 +448,7 @@ CHAT: list[Row] = [
     ),
     ({"documents": [{"a": 1}]}, TYPE, "documents[0].a", "must be a string"),
     ({"documents": ["x"]}, TYPE, "documents[0]", "must be an object"),
-    ({"chat_template": "{{ 1 }}"}, UNSUPPORTED, "chat_template", NOT_YET),
     ({"chat_template": 1}, TYPE, "chat_template", "must be a string"),
-    ({"chat_template_kwargs": {"a": 1}}, UNSUPPORTED, "chat_template_kwargs", NOT_YET),
     ({"chat_template_kwargs": {"messages": 1}}, VALUE, "chat_template_kwargs.messages", "reserved"),
     ({"chat_template_kwargs": {"_x": 1}}, VALUE, "chat_template_kwargs._x", "reserved"),
     ({"chat_template_kwargs": {"a": [2**80]}}, "invalid_json", "chat_template_kwargs", "64 bits"),
@@ -492,7 +545,7 @@ def test_values_that_ask_for_nothing_change_nothing(changes: dict[str, Any]) -> 
 
 
 def test_tool_fields_without_tools_change_nothing() -> None:
-    changes = {"tools": None, "tool_choice": "none", "parallel_tool_calls": True, "chat_template_kwargs": {}}
+    changes = {"tools": None, "tool_choice": "none", "parallel_tool_calls": True}
     assert chat(changes) == chat({})
 
 
@@ -515,6 +568,13 @@ def test_every_sampling_field_arrives_in_the_sampling_params() -> None:
             "top_p": 0.25,
             "top_k": 7,
             "min_p": 0.125,
+            "presence_penalty": 0.5,
+            "frequency_penalty": -1,
+            "repetition_penalty": 1.5,
+            "logit_bias": {"7": -100, "007": 3, "8": 0.5},
+            "allowed_token_ids": [9, 7, 9],
+            "min_tokens": 3,
+            "prompt_logprobs": 2,
             "seed": 42,
             "n": 2,
             "stop": ["a", "b"],
@@ -527,6 +587,11 @@ def test_every_sampling_field_arrives_in_the_sampling_params() -> None:
         }
     )
     params = request.sampling
+    penalties = (params.presence_penalty, params.frequency_penalty, params.repetition_penalty)
+    assert penalties == (0.5, -1.0, 1.5)
+    assert params.logit_bias == ((7, 3.0), (8, 0.5))
+    assert params.allowed_token_ids == (9, 7)
+    assert (params.min_tokens, params.prompt_logprobs, request.output.prompt_logprobs) == (3, 2, 2)
     assert (params.temperature, params.top_p, params.top_k, params.min_p) == (0.5, 0.25, 7, 0.125)
     assert (params.seed, params.n, params.stop, params.stop_token_ids) == (42, 2, ("a", "b"), (3, 4))
     assert (params.include_stop_str_in_output, params.ignore_eos) == (True, True)
@@ -543,10 +608,18 @@ def test_absent_sampling_fields_take_the_model_defaults_in_both_apis() -> None:
         top_p=0.9,
         top_k=20,
         min_p=0.05,
+        repetition_penalty=1.3,
     )
     for request in (completion({}, Protocol(config)), chat({}, Protocol(config))):
         params = request.sampling
         assert (params.temperature, params.top_p, params.top_k, params.min_p) == (0.6, 0.9, 20, 0.05)
+        assert params.repetition_penalty == 1.3
+    beams = chat(
+        BEAMS, Protocol(config)
+    ).sampling  # the model's defaults are treated as off, but for the penalty
+    assert (beams.temperature, beams.top_p, beams.top_k, beams.min_p) == (0.0, 1.0, -1, 0.0)
+    assert beams.repetition_penalty == 1.3
+    assert chat({"repetition_penalty": 1}, Protocol(config)).sampling.repetition_penalty == 1.0
     assert chat({"temperature": 1}, Protocol(config)).sampling.temperature == 1.0
 
 
@@ -611,6 +684,62 @@ def test_chat_logprobs_are_the_top_logprobs() -> None:
 
 def test_echo_alone_may_generate_nothing() -> None:
     assert completion({"echo": True, "max_tokens": 0}).length.max_tokens == 0
+    params = completion({"echo": True, "max_tokens": 0, "n": 2, "logprobs": 1} | BEAMS).sampling
+    assert (params.n, params.num_sequences, params.use_beam_search) == (2, 2, False)  # nothing to choose from
+
+
+@pytest.mark.parametrize("parse", [completion, chat])
+def test_beam_search_takes_its_options_and_neutral_sampling_values(parse: Any) -> None:
+    neutral = {"temperature": 0, "top_p": 1.0, "top_k": 0, "min_p": 0.0}
+    for early_stopping in (True, False, "never"):
+        changes = {"n": 3, "length_penalty": -0.5, "early_stopping": early_stopping}
+        params = parse(BEAMS | neutral | changes).sampling
+        assert (params.use_beam_search, params.n, params.best_of) == (True, 3, 4)
+        assert (params.length_penalty, params.early_stopping) == (-0.5, early_stopping)
+        assert (params.temperature, params.logprobs) == (0.0, None)
+    assert parse({"use_beam_search": True, "n": 2}).sampling.num_sequences == 2  # n is the width
+
+
+@pytest.mark.parametrize("parse", [completion, chat])
+def test_candidates_are_ranked_by_logprobs_that_nobody_asked_for(parse: Any) -> None:
+    request = parse({"n": 2, "best_of": 5})
+    assert (request.sampling.best_of, request.sampling.logprobs, request.output.logprobs) == (5, 0, None)
+    assert parse({"n": 2, "best_of": 2}).sampling == parse({"n": 2}).sampling
+    assert parse({"n": 2, "best_of": 2, "stream": True}).output.stream
+
+
+@pytest.mark.parametrize(
+    ("changes", "of_the_engine", "shown"),
+    [
+        ({}, None, None),
+        ({"logprobs": 3}, None, None),
+        ({"echo": True}, None, None),
+        ({"echo": True, "logprobs": 0}, 0, None),
+        ({"echo": True, "logprobs": 3, "prompt_logprobs": 1}, 3, 1),
+        ({"echo": True, "logprobs": 1, "prompt_logprobs": 3}, 3, 3),
+        ({"prompt_logprobs": 0}, 0, 0),
+    ],
+)
+def test_an_echo_with_logprobs_needs_those_of_the_prompt(
+    changes: Any, of_the_engine: Any, shown: Any
+) -> None:
+    request = completion(changes)
+    assert (request.sampling.prompt_logprobs, request.output.prompt_logprobs) == (of_the_engine, shown)
+
+
+def test_a_chat_echo_needs_no_prompt_logprobs() -> None:
+    assert chat({"echo": True, "logprobs": True}).sampling.prompt_logprobs is None
+
+
+def test_min_tokens_may_be_as_many_as_max_tokens() -> None:
+    assert completion({"min_tokens": 16}).sampling.min_tokens == 16
+    assert completion({"min_tokens": L, "max_tokens": None}).length.min_tokens == L
+    assert chat({"min_tokens": 5, "max_tokens": 5}).length.min_tokens == 5
+
+
+def test_bad_words_wait_for_the_tokenizer() -> None:
+    for request in (completion({"bad_words": ["a", "b c"]}), chat({"bad_words": ["a", "b c"]})):
+        assert request.bad_words == ("a", "b c")
 
 
 def test_continuing_the_final_message_needs_no_generation_prompt() -> None:
@@ -736,7 +865,6 @@ TOKENIZE: list[Row] = [
     ({"prompt": "a", "return_token_strs": 1}, TYPE, "return_token_strs", "must be a boolean"),
     ({"messages": []}, VALUE, "messages", "at least 1"),
     ({"messages": HELLO, "continue_final_message": True}, VALUE, "continue_final_message", "false"),
-    ({"messages": HELLO, "chat_template": "x"}, UNSUPPORTED, "chat_template", NOT_YET),
     (
         {"messages": HELLO, "tools": [{"type": "function", "function": {"name": "f"}}]},
         UNSUPPORTED,
