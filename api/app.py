@@ -15,7 +15,7 @@ from quart import Quart, Response, g, request, websocket
 from quart.typing import ResponseTypes
 from werkzeug.exceptions import HTTPException, MethodNotAllowed, RequestEntityTooLarge, RequestTimeout
 
-from jaxserve.api import chat, completions, health, models, tokenization
+from jaxserve.api import chat, completions, docs, health, models, tokenization
 from jaxserve.api.auth import OPEN_ROUTES, Authenticator
 from jaxserve.api.context import EXTENSION, ServerContext
 from jaxserve.api.cors import add_cors_headers, is_preflight
@@ -75,6 +75,7 @@ class _Exchange:
     route: str
     started: float
     status: int = CLIENT_GONE
+    error_code: str | None = None
 
 
 def create_app(context: ServerContext) -> Quart:
@@ -86,7 +87,7 @@ def create_app(context: ServerContext) -> Quart:
     )
     app.url_map.strict_slashes = True
     app.extensions[EXTENSION] = context
-    for module in (chat, completions, models, tokenization, health):
+    for module in (chat, completions, models, tokenization, health, *([] if config.disable_docs else [docs])):
         app.register_blueprint(module.blueprint)
     authenticator = Authenticator(config.api_keys)
 
@@ -95,8 +96,9 @@ def create_app(context: ServerContext) -> Quart:
         seconds = time.monotonic() - exchange.started
         context.metrics.observe_http(exchange.method, exchange.route, exchange.status, seconds)
         status = "client gone" if exchange.status == CLIENT_GONE else str(exchange.status)
-        # probes come every few seconds for as long as the server lives
-        level = logging.DEBUG if exchange.route in PROBES and exchange.status < 400 else logging.INFO
+        # probes come every few seconds for as long as the server lives, and while it loads
+        is_routine = exchange.status < 400 or exchange.error_code == "starting"
+        level = logging.DEBUG if exchange.route in PROBES and is_routine else logging.INFO
         logger.log(
             level, "%s %s %s %s %.3f s", exchange.request_id, exchange.method, exchange.route, status, seconds
         )
@@ -153,6 +155,8 @@ def create_app(context: ServerContext) -> Quart:
         body = (
             _http_error_body(error) if isinstance(error, HTTPException) else error_body(error, g.request_id)
         )
+        if "exchange" in g:
+            g.exchange.error_code = body.code
         if not isinstance(error, HTTPException | HttpError | JaxserveError):
             logger.error("%s failed", g.request_id, exc_info=error)
         elif isinstance(error, RequestFailedError):

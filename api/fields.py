@@ -684,5 +684,5 @@ class Tagged(Kind):
     @staticmethod
     def _member_schema(tag: str, table: Table) -> JsonSchema:
         schema = table.json_schema()
-        schema["properties"]["type"] = {"const": tag}
+        schema["properties"]["type"] |= {"const": tag}
         return schema

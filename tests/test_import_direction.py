@@ -16,11 +16,12 @@ RANKS = [  # from the bottom up; modules of one rank do not import each other
     "block_manager models.loader.checkpoint models.loader.hub models.loader.gguf models.loader.safetensors",
     "models.loader.dummy scheduler", "models.loader tokenizer step_inputs",
     "models.llama sampler detokenizer gguf_tokenizer",
-    "generation_config chat_template kv_cache step", "model_runner", "engine", "llm engine_server", "engine_client",
-    "api", "api.errors api.fields api.auth api.cors api.http_server", "api.protocol", "api.prompts", "api.generation",
+    "generation_config chat_template killable_worker kv_cache step", "template_worker", "model_runner", "engine", "llm engine_server", "engine_client",
+    "api", "api.errors api.fields api.auth api.cors api.http_server api.field_texts",
+    "api.protocol api.openapi_responses", "api.openapi", "api.prompts", "api.generation",
     "api.responses",
     "api.metrics api.admission", "api.context", "api.sse api.request_body", "api.respond",
-    "api.chat api.completions api.models api.tokenization api.health", "api.app", "api.cli api.serving", "api.__main__",
+    "api.chat api.completions api.models api.tokenization api.health api.docs", "api.app", "api.cli api.serving", "api.__main__",
 ]  # fmt: skip
 RANK = {name: rank for rank, names in enumerate(RANKS) for name in names.split()}
 UPWARDS = {("tokenizer", "gguf_tokenizer")}  # deferred: only where a GGUF file is loaded

@@ -50,7 +50,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_the_wheel_holds_every_module_and_nothing_else(wheel: Path) -> None:
-    expected = {"jaxserve/py.typed"}
+    expected = {"jaxserve/py.typed", "jaxserve/api/docs.html", "jaxserve/api/docs.css"}
     for folder, name in (("jaxserve", "jaxserve"), ("api", "jaxserve/api"), ("kernels", "jaxserve/kernels")):
         modules = (path.relative_to(ROOT / folder) for path in (ROOT / folder).rglob("*.py"))
         expected |= {f"{name}/{module}" for module in modules}

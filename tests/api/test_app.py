@@ -12,7 +12,7 @@ import httpx
 import pytest
 from quart import Quart
 
-from jaxserve.errors import EngineStartingError
+from jaxserve.errors import EngineDeadError, EngineStartingError
 from jaxserve.tokenizer import Tokenizer
 from tests.api.fake_engine import FakeEngineClient, generate
 from tests.api.http_server import exchange, serving, until
@@ -291,15 +291,15 @@ async def test_the_access_log_has_one_line_a_request_and_no_secrets(
         assert secret not in ours
 
 
-async def test_probes_are_logged_at_debug_only_while_they_succeed(
+async def test_probes_are_logged_at_debug_unless_they_say_that_something_is_wrong(
     app: Quart, engine: FakeEngineClient, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.DEBUG)
-    await app.test_client().get("/health")
-    engine.error = EngineStartingError("loading")
-    await app.test_client().get("/health")
+    for error in (EngineStartingError("loading"), None, EngineDeadError("gone")):
+        engine.error = error
+        await app.test_client().get("/health")
     levels = [r.levelname for r in caplog.records if r.name == "jaxserve.access"]
-    assert levels == ["DEBUG", "INFO"]
+    assert levels == ["DEBUG", "DEBUG", "INFO"]
 
 
 # --- CORS -----------------------------------------------------------------------------------------------------
