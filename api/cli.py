@@ -80,7 +80,12 @@ def make_parser() -> argparse.ArgumentParser:
     text.add_argument(
         "--default-chat-template-kwargs", type=_json_object, help="JSON object of template variables"
     )
-    text.add_argument("--no-request-chat-template", action="store_true")
+    text.add_argument(
+        "--no-request-chat-template",
+        action="store_false",
+        dest="request_chat_template",
+        help="refuse chat_template and chat_template_kwargs in requests",
+    )
     text.add_argument("--max-logprobs", type=_int)
     text.add_argument("--logprobs-mode", type=lambda s: s.removesuffix("_logprobs"), help="raw or processed")
     text.add_argument("--return-tokens-as-token-ids", action="store_true")
@@ -144,7 +149,7 @@ def parse_args(arguments: Sequence[str]) -> ServerConfig:
             given[name] = _flattened(given[name])
     given["api_keys"] = _api_keys(given.get("api_keys", []), from_variable)
     given = {k: tuple(v) if isinstance(v, list) else v for k, v in given.items()}
-    for flag in (*NOT_YET, "--enable-auto-tool-choice", "--tool-call-parser", "--no-request-chat-template"):
+    for flag in (*NOT_YET, "--enable-auto-tool-choice", "--tool-call-parser"):
         given.pop(_destination(flag), None)
     engine_fields = EngineConfig.__dataclass_fields__
     engine = EngineConfig(**{k: v for k, v in given.items() if k in engine_fields})

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from concurrent.futures import Executor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import cast
 
 from quart import current_app
@@ -17,6 +17,7 @@ from jaxserve.config import ServerConfig
 from jaxserve.engine_client import EngineClient
 from jaxserve.errors import EngineStartingError
 from jaxserve.generation_config import GenerationDefaults
+from jaxserve.template_worker import TemplateWorker
 from jaxserve.tokenizer import Tokenizer
 
 EXTENSION = "jaxserve"
@@ -30,6 +31,7 @@ class ServerContext:
         executor: threads for tokenization and template rendering, which must not hold the event loop.
         created: whole Unix seconds at which the server started; the model cards' `created`.
         system_fingerprint: `jaxserve-…`, one value per version and model.
+        templates: renders the templates that requests bring.
         draining: the server was told to end; it takes no more requests.
         num_open_requests: HTTP requests whose response has not ended, streams included.
         num_connections: open connections, idle ones included.
@@ -42,6 +44,7 @@ class ServerContext:
     executor: Executor
     created: int
     system_fingerprint: str
+    templates: TemplateWorker = field(default_factory=TemplateWorker)
     draining: bool = False
     num_open_requests: int = 0
     num_connections: Callable[[], int] = lambda: 0

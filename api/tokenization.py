@@ -18,6 +18,7 @@ from jaxserve.api.respond import (
     prompt_encoder,
     request_protocol,
 )
+from jaxserve.template_worker import RenderJob
 
 blueprint = Blueprint("tokenization", __name__)
 
@@ -30,17 +31,22 @@ async def tokenize() -> Response:
     body = await read_json_object()
     protocol, encoder = request_protocol(context), prompt_encoder(context)
 
-    def prepare() -> tuple[TokenizeRequest, dict[str, Any]]:
+    def prepare() -> tuple[TokenizeRequest, dict[str, Any] | RenderJob]:
         request = protocol.tokenize(body)
-        return request, _tokenize(encoder, request)
+        if isinstance(request.prompt, str):
+            return request, _tokenize(encoder, request, request.prompt)
+        if request.prompt.brings_template:
+            return request, encoder.render_job(request.prompt)
+        return request, _tokenize(encoder, request, encoder.render(request.prompt))
 
     request, result = await in_executor(context, prepare)
+    if isinstance(result, RenderJob):
+        text = await context.templates.render(result)
+        result = await in_executor(context, lambda: _tokenize(encoder, request, text))
     return note_ignored(json_response(orjson.dumps(result)), request.ignored_fields)
 
 
-def _tokenize(encoder: PromptEncoder, request: TokenizeRequest) -> dict[str, Any]:
-    prompt = request.prompt
-    text = prompt if isinstance(prompt, str) else encoder.render(prompt)
+def _tokenize(encoder: PromptEncoder, request: TokenizeRequest, text: str) -> dict[str, Any]:
     ids = encoder.encode(text, request.add_special_tokens) if text else []
     strings = (
         [encoder.tokenizer.token_str(token_id) for token_id in ids] if request.return_token_strs else None

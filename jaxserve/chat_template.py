@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import jinja2
 import jinja2.exceptions
@@ -22,7 +22,9 @@ import jinja2.sandbox
 import jinja2.utils
 
 from jaxserve.errors import ConfigError, RequestError
-from jaxserve.tokenizer import Tokenizer
+
+if TYPE_CHECKING:  # the worker that renders requests' own templates has no use for tokenizers
+    from jaxserve.tokenizer import Tokenizer
 
 MAX_ERROR_CHARS = 300
 Message = Mapping[str, Any]
@@ -37,8 +39,18 @@ TEMPLATE_FAULTS = (
     AttributeError,
     RuntimeError,  # RecursionError, too
 )
+# where things are, here or in memory, is nobody's business
+UNSPEAKABLE = (
+    (re.compile(r" at 0x[0-9a-fA-F]+"), ""),
+    (re.compile(r"/\S+\.py\b"), "…"),
+    (re.compile(r"\b(?:jinja2|jaxserve)(?:\.\w+)*\.(\w+)"), r"\1"),
+)
 # put behind the last message's text to find its end in what the template makes of it
 OPEN_END = "CONTINUE_FINAL_MESSAGE_TAG "
+
+
+class TemplateRefusal(jinja2.TemplateError):
+    """The template itself says no (`raise_exception`)."""
 
 
 class ChatTemplate:
@@ -46,15 +58,16 @@ class ChatTemplate:
 
     Args:
         special_tokens: variables like `bos_token`.
+        trusted: False: to touch an unsafe attribute is an error, not just undefined as transformers has it.
 
     Raises:
         jinja2.TemplateSyntaxError: the source is no template.
     """
 
-    def __init__(self, source: str, special_tokens: Mapping[str, str]) -> None:
+    def __init__(self, source: str, special_tokens: Mapping[str, str], *, trusted: bool = True) -> None:
         self.source = source
         self._special_tokens = dict(special_tokens)
-        environment = _environment()
+        environment = _environment(jinja2.sandbox.ImmutableSandboxedEnvironment if trusted else _Strict)
         self._template = environment.from_string(source)
         constants = environment.parse(source).find_all(jinja2.nodes.Const)
         self._names_developer = any(constant.value == "developer" for constant in constants)
@@ -67,35 +80,37 @@ class ChatTemplate:
     def render(
         self,
         messages: Sequence[Message],
+        variables: Mapping[str, Any] | None = None,
         *,
         tools: Sequence[Mapping[str, Any]] | None = None,
         documents: Sequence[Mapping[str, str]] | None = None,
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
-        **kwargs: Any,
+        max_bytes: int | None = None,
     ) -> str:
         """The conversation as the model reads it.
 
         Args:
+            variables: further ones for the template.
             continue_final_message: leave the last message open at its end.
-            kwargs: further template variables.
+            max_bytes: of text, in UTF-8.
 
         Raises:
             RequestError: the template refuses the conversation or fails (code `invalid_template`).
         """
         shown = [*messages[:-1], _with_open_end(messages[-1])] if continue_final_message else messages
-        variables = {
+        context = {
             **self._special_tokens,
-            **kwargs,
+            **(variables or {}),
             "messages": shown,
             "tools": tools,
             "documents": documents,
             "add_generation_prompt": add_generation_prompt,
         }
         try:
-            text = self._template.render(variables)
+            text = "".join(_bounded(self._template.generate(context), max_bytes))
         except TEMPLATE_FAULTS as error:
-            raise _failed(str(error) or type(error).__name__) from error
+            raise template_error(str(error) or type(error).__name__) from error
         return _cut_at_open_end(text, messages[-1]["content"]) if continue_final_message else text
 
 
@@ -169,7 +184,7 @@ def _parsed_call(call: Mapping[str, Any]) -> dict[str, Any]:
 def _with_open_end(message: Message) -> dict[str, Any]:
     content = message.get("content")
     if not isinstance(content, str):
-        raise _failed("continue_final_message needs a last message with text")
+        raise template_error("continue_final_message needs a last message with text")
     return {**message, "content": content + OPEN_END}
 
 
@@ -177,14 +192,27 @@ def _cut_at_open_end(text: str, content: str) -> str:
     """Cut what the template put behind the last message's text, and the space there if it trimmed it."""
     end = text.rfind(OPEN_END.strip())
     if end < 0 or content.strip() not in text:
-        raise _failed("continue_final_message needs a template that shows the last message as it is")
+        raise template_error("continue_final_message needs a template that shows the last message as it is")
     return text[:end] if text.startswith(OPEN_END, end) else text[:end].rstrip()
 
 
-def _failed(reason: str) -> RequestError:
-    reason = re.sub(r" at 0x[0-9a-fA-F]+", "", reason)  # where an object is, is nobody's business
+def _bounded(chunks: Iterable[str], max_bytes: int | None) -> Iterator[str]:
+    size = 0
+    for chunk in chunks:
+        if max_bytes is not None:
+            size += len(chunk) if chunk.isascii() else len(chunk.encode())
+            if size > max_bytes:
+                raise jinja2.TemplateError(f"it makes more than {max_bytes >> 20} MiB of text")
+        yield chunk
+
+
+def template_error(reason: str, *, param: str = "messages") -> RequestError:
+    """The refusal of a request because of a template, in the template's own words, shortened."""
+    reason = reason[: 10 * MAX_ERROR_CHARS].encode("utf-8", "replace").decode()
+    for pattern, replacement in UNSPEAKABLE:
+        reason = pattern.sub(replacement, reason)
     shown = reason if len(reason) <= MAX_ERROR_CHARS else reason[: MAX_ERROR_CHARS - 1] + "…"
-    return RequestError(f"The chat template failed: {shown}", param="messages", code="invalid_template")
+    return RequestError(f"The chat template failed: {shown}", param=param, code="invalid_template")
 
 
 class _GenerationTag(jinja2.ext.Extension):
@@ -224,8 +252,17 @@ def _check_public(name: object) -> None:
         )
 
 
-def _environment() -> jinja2.sandbox.ImmutableSandboxedEnvironment:
-    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
+class _Strict(jinja2.sandbox.ImmutableSandboxedEnvironment):
+    """A sandbox in which what is unsafe is an error even if nothing is done with it."""
+
+    def unsafe_undefined(self, obj: Any, attribute: str) -> NoReturn:  # noqa: ARG002 - the base class's signature
+        raise jinja2.exceptions.SecurityError(f"access to attribute {attribute!r} is unsafe")
+
+
+def _environment(
+    kind: type[jinja2.sandbox.ImmutableSandboxedEnvironment],
+) -> jinja2.sandbox.ImmutableSandboxedEnvironment:
+    environment = kind(
         trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationTag, jinja2.ext.loopcontrols]
     )
     environment.filters["tojson"] = _tojson
@@ -247,8 +284,8 @@ def _tojson(
     return dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
-def _raise_exception(message: str) -> None:
-    raise jinja2.TemplateError(message)
+def _raise_exception(message: object) -> NoReturn:
+    raise TemplateRefusal(str(message))
 
 
 def _strftime_now(format: str) -> str:  # noqa: A002 - the name that templates use

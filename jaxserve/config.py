@@ -136,6 +136,7 @@ class ServerConfig:
     chat_template: str | None = None  # a file, or the template's text
     response_role: str = "assistant"
     default_chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
+    request_chat_template: bool = True  # requests may bring templates and variables of their own
     generation_config: str = "auto"  # "auto", "none", or a folder
     override_generation_config: dict[str, Any] = field(default_factory=dict)
     return_tokens_as_token_ids: bool = False

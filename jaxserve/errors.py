@@ -6,6 +6,7 @@ JaxserveError
 ├── RequestError            a request that is refused: the client's fault         (HTTP 4xx)
 │   ├── ContextLengthError  prompt, or prompt + max_tokens, does not fit
 │   └── QueueFullError      admission refused: too many requests are waiting      (HTTP 429)
+├── JobError                a job in a killable worker hit a limit or crashed     (the caller says what it means)
 └── EngineError             the engine cannot serve                               (HTTP 5xx)
     ├── RequestFailedError  the engine failed this one request                    (HTTP 500)
     ├── EngineStartingError the model is still loading                            (HTTP 503)
@@ -14,6 +15,8 @@ JaxserveError
 """
 
 from __future__ import annotations
+
+from typing import Literal
 
 
 class JaxserveError(Exception):
@@ -60,6 +63,18 @@ class QueueFullError(RequestError):
     def __init__(self, message: str, *, retry_after_s: int = 1) -> None:
         super().__init__(message, param=None, code="queue_full")
         self.retry_after_s = retry_after_s
+
+
+class JobError(JaxserveError):
+    """A job in a killable worker failed.
+
+    Attributes:
+        reason: "time", "memory" or "output": the limit that it hit; "crash": its process died of something else.
+    """
+
+    def __init__(self, reason: Literal["time", "memory", "output", "crash"]) -> None:
+        super().__init__(f"The job failed: {reason}.")
+        self.reason = reason
 
 
 class EngineError(JaxserveError):

@@ -100,7 +100,9 @@ def test_a_conversation_renders_as_transformers_renders_it(
         USER,
     ]
     options = {"add_generation_prompt": add_generation_prompt, **options}
-    ours = ChatTemplate(source, SPECIAL).render(messages, **options)
+    variables = {name: options[name] for name in options.keys() & {"extra", "bos_token"}}
+    own = {name: options[name] for name in options.keys() - variables.keys()}
+    ours = ChatTemplate(source, SPECIAL).render(messages, variables, **own)
     assert ours == transformers_render(source, messages, **options)
 
 
