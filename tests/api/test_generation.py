@@ -404,6 +404,331 @@ async def test_chat_echo_repeats_a_last_message_of_the_same_role(server: MakeSer
     assert answer["choices"][0]["message"]["content"] == "abc"
 
 
+# --- logprobs of the prompt --------------------------------------------------------------------------------
+
+
+def described(logprob: float, rank: int, decoded_token: str) -> Json:
+    return {"logprob": logprob, "rank": rank, "decoded_token": decoded_token}
+
+
+I_OF_HI = described(-26.5, 106, "i")  # byte 105, as falling_logprobs has it
+
+
+@pytest.mark.parametrize(
+    ("k", "expected"),
+    [
+        (0, [None, {"105": I_OF_HI}]),
+        (2, [None, {"105": I_OF_HI, "0": described(-0.25, 1, "\0"), "1": described(-0.5, 2, "\1")}]),
+    ],
+)
+async def test_prompt_logprobs_have_the_actual_token_and_then_the_likeliest(
+    server: MakeServer, k: int, expected: list[Any]
+) -> None:
+    served = server("a")
+    answer = await served.ok(COMPLETIONS, {"prompt_logprobs": k, "n": 2})
+    for choice in answer["choices"]:
+        assert choice["prompt_logprobs"] == expected
+        assert choice["logprobs"] is None
+        assert list(choice["prompt_logprobs"][1]) == list(expected[1])  # also the order
+    assert served.engine.submitted[0].params.prompt_logprobs == k
+
+
+async def test_a_likely_actual_token_is_not_repeated_among_the_likeliest(server: MakeServer) -> None:
+    answer = await server("a").ok(COMPLETIONS, {"prompt": [7, 1, 0], "prompt_logprobs": 2})
+    assert [list(entry or []) for entry in answer["choices"][0]["prompt_logprobs"]] == [
+        [],
+        ["1", "0"],
+        ["0", "1"],
+    ]
+
+
+async def test_each_prompt_has_its_own_logprobs(server: MakeServer) -> None:
+    body = {"prompt": ["h", "hello", "x"], "prompt_logprobs": 0, "n": 2}
+    answer = await server("a").ok(COMPLETIONS, body)
+    assert [len(choice["prompt_logprobs"]) for choice in answer["choices"]] == [1, 1, 5, 5, 1, 1]
+
+
+async def test_prompt_logprobs_of_a_truncated_prompt_are_those_of_what_is_left(server: MakeServer) -> None:
+    body = {"prompt": "abcdefghi", "truncate_prompt_tokens": 2, "prompt_logprobs": 0}
+    (choice,) = (await server("a").ok(COMPLETIONS, body))["choices"]
+    assert choice["prompt_logprobs"] == [None, {"105": I_OF_HI}]
+
+
+async def test_minus_infinity_is_a_number_in_prompt_logprobs(server: MakeServer) -> None:
+    answer = await server("a").ok(COMPLETIONS, {"prompt": [1, 200], "prompt_logprobs": 0})
+    assert answer["choices"][0]["prompt_logprobs"][1]["200"] == described(-9999.0, 201, "\ufffd")
+
+
+async def test_prompt_logprobs_of_a_chat_stand_beside_its_choices(server: MakeServer) -> None:
+    answer = await server("a").ok(CHAT, {"prompt_logprobs": 1, "n": 2, "echo": True})
+    prompt = "[user]hi;[assistant]"
+    assert len(answer["prompt_logprobs"]) == len(prompt)
+    assert answer["prompt_logprobs"][0] is None
+    expected = {"117": described(-29.5, 118, "u"), "0": described(-0.25, 1, "\0")}
+    assert answer["prompt_logprobs"][1] == expected
+    assert all("prompt_logprobs" not in choice for choice in answer["choices"])
+    assert all(choice["logprobs"] is None for choice in answer["choices"])
+
+
+ECHO: Json = {"echo": True, "logprobs": 1, "max_tokens": 4}
+TOP = {"\0": -0.25}
+ECHO_LOGPROBS: Json = {
+    "text_offset": [0, 1, 2, 3, 4],
+    "token_logprobs": [None, -26.5, -24.5, -24.75, -64.25],
+    "tokens": ["h", "i", "a", "b", "<|end|>"],
+    "top_logprobs": [
+        None,
+        TOP | {"i": -26.5},
+        TOP | {"a": -24.5},
+        TOP | {"b": -24.75},
+        TOP | {"<|end|>": -64.25},
+    ],
+}
+
+
+@pytest.mark.parametrize("n", [1, 3])
+async def test_an_echo_has_the_logprobs_of_the_prompt_first(server: MakeServer, n: int) -> None:
+    answer = await server("ab").ok(COMPLETIONS, ECHO | {"n": n, "prompt_logprobs": 3})
+    for choice in answer["choices"]:
+        assert choice["text"] == "hiab"
+        assert choice["logprobs"] == ECHO_LOGPROBS
+        assert list(choice["prompt_logprobs"][1]) == [
+            "105",
+            "0",
+            "1",
+            "2",
+        ]  # as many as are asked for, not fewer
+    quiet = await server("ab").ok(COMPLETIONS, ECHO)
+    assert quiet["choices"][0]["prompt_logprobs"] is None  # not asked for
+
+
+async def test_a_streamed_echo_sends_the_whole_prompt_before_the_completion_of_each_choice(
+    server: MakeServer,
+) -> None:
+    chunks = await server("ab").stream(COMPLETIONS, ECHO | {"n": 2})
+    for index in (0, 1):
+        choices = [c["choices"][0] for c in chunks if c["choices"][0]["index"] == index]
+        assert [choice["text"] for choice in choices] == ["hi", "a", "b", ""]
+        assert choices[0]["logprobs"] == {name: members[:2] for name, members in ECHO_LOGPROBS.items()}
+        assert choices[1]["logprobs"] == {name: members[2:3] for name, members in ECHO_LOGPROBS.items()}
+
+
+@pytest.mark.parametrize(
+    "options", [{"logprobs": 1}, {"logprobs": 1, "prompt_logprobs": 0}, {"prompt_logprobs": 0}]
+)
+async def test_an_echo_alone_with_logprobs_asks_the_engine_for_no_tokens(
+    server: MakeServer, options: Json
+) -> None:
+    served = server("ab")
+    answer = await served.ok(COMPLETIONS, {"echo": True, "max_tokens": 0, "n": 2} | options)
+    for choice in answer["choices"]:
+        assert (choice["text"], choice["finish_reason"], choice["stop_reason"]) == ("hi", "length", None)
+        with_logprobs = {name: members[:2] for name, members in ECHO_LOGPROBS.items()}
+        assert choice["logprobs"] == (with_logprobs if "logprobs" in options else None)
+        with_prompt = [None, {"105": I_OF_HI}]
+        assert choice["prompt_logprobs"] == (with_prompt if "prompt_logprobs" in options else None)
+    assert (answer["usage"]["prompt_tokens"], answer["usage"]["completion_tokens"]) == (2, 0)
+    (request,) = served.engine.submitted
+    assert (request.params.max_tokens, request.params.prompt_logprobs) == (0, max(options.values()))
+
+
+async def test_an_echo_alone_with_logprobs_can_be_streamed(server: MakeServer) -> None:
+    body = {"echo": True, "max_tokens": 0, "logprobs": 1, "stream_options": {"include_usage": True}}
+    first, last, usage = await server("ab").stream(COMPLETIONS, body)
+    assert first["choices"][0]["logprobs"]["tokens"] == ["h", "i"]
+    assert (first["choices"][0]["text"], last["choices"][0]["finish_reason"]) == ("hi", "length")
+    assert usage["usage"]["completion_tokens"] == 0
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_prompt_logprobs_that_the_engine_leaves_out_are_its_failure(
+    server: MakeServer, stream: bool
+) -> None:
+    served = server("a", logprobs=None)
+    status, answer = await served.post(COMPLETIONS, ECHO | {"stream": stream})
+    assert (status, answer["error"]["code"]) == (500, "internal_error")
+
+
+# --- the best of several -----------------------------------------------------------------------------------
+
+
+def results(path: str, answer: Json) -> list[Any]:
+    """(text, stop reason) of the choices, in order; their indices must be 0, 1, 2, …"""
+    assert [choice["index"] for choice in answer["choices"]] == list(range(len(answer["choices"])))
+    return [(choice["text"], choice["stop_reason"]) for choice in whole(path, answer)]
+
+
+@pytest.mark.parametrize("path", [COMPLETIONS, CHAT])
+async def test_the_likeliest_candidates_are_returned_best_first(server: MakeServer, path: str) -> None:
+    served = server("zz", "aa", "mm", "a")
+    answer = await served.ok(path, {"n": 3, "best_of": 4})
+    assert results(path, answer) == [("a", None), ("aa", None), ("mm", None)]
+    assert answer["usage"]["completion_tokens"] == 2 + 3 + 3  # of what is returned
+    assert all(choice["logprobs"] is None for choice in answer["choices"])
+    (request,) = served.engine.submitted
+    assert (request.params.n, request.params.best_of, request.params.logprobs) == (3, 4, 0)
+
+
+async def test_candidates_are_compared_as_far_as_they_count(server: MakeServer) -> None:
+    served = server("acxxx", "b", tokens_per_step=6)  # a, c are likelier than b and the end token
+    answer = await served.ok(COMPLETIONS, {"best_of": 2, "stop": "c", "logprobs": 0})
+    assert results(COMPLETIONS, answer) == [("a", "c")]
+    assert answer["choices"][0]["logprobs"]["token_logprobs"] == [-24.5, -25.0]
+    assert results(COMPLETIONS, await served.ok(COMPLETIONS, {"best_of": 2})) == [("b", None)]
+
+
+async def test_equal_candidates_stay_in_order_and_minus_infinity_counts_as_reported(
+    server: MakeServer,
+) -> None:
+    served = server([200], [200, 200], "ab", "ba", "zzz")
+    answer = await served.ok(COMPLETIONS, {"n": 4, "best_of": 5, "return_token_ids": True})
+    assert [choice["token_ids"] for choice in answer["choices"]] == [
+        [*ids("ab"), END],
+        [*ids("ba"), END],
+        [*ids("zzz"), END],
+        [200, END],
+    ]
+
+
+async def test_every_prompt_has_its_own_best(server: MakeServer) -> None:
+    served = server("z", "aaa", "b")
+    answer = await served.ok(COMPLETIONS, {"prompt": ["p", "q"], "best_of": 3, "n": 2, "echo": True})
+    assert [text for text, _ in results(COMPLETIONS, answer)] == ["pb", "pz", "qb", "qz"]
+    assert answer["usage"]["completion_tokens"] == 4 * 2
+
+
+async def test_prompt_logprobs_go_with_the_best(server: MakeServer) -> None:
+    answer = await server("z", "a").ok(
+        COMPLETIONS, {"best_of": 2, "echo": True, "logprobs": 1, "prompt_logprobs": 0}
+    )
+    (choice,) = answer["choices"]
+    assert choice["logprobs"]["tokens"] == ["h", "i", "a", "<|end|>"]
+    assert choice["prompt_logprobs"] == [None, {"105": I_OF_HI}]
+
+
+async def test_a_client_that_goes_away_aborts_all_candidates(server: MakeServer) -> None:
+    served = server(config={"request_timeout_s": 0.02})
+    status, _ = await served.post(COMPLETIONS, {"n": 1, "best_of": 3})
+    assert status == 408
+    assert served.engine.live == {}
+
+
+BEAMS: Json = {"use_beam_search": True, "best_of": 3, "n": 2}
+
+
+@pytest.mark.parametrize(
+    ("texts", "options", "body", "expected"),
+    [
+        (["ab", "abc"], {}, {}, [("ab", None), ("abc", None)]),
+        (["ab", "c"], {"ends": [], "finish_reason": "length"}, {}, [("ab", None), ("c", None)]),
+        (
+            ["say STO", "xSTO"],
+            {"ends": ids("P"), "stop_reason": "STOP"},
+            {"stop": "STOP"},
+            [("say ", "STOP"), ("x", "STOP")],
+        ),
+        (
+            ["say STO", "xSTO"],
+            {"ends": ids("P"), "stop_reason": "STOP"},
+            {"stop": "STOP", "include_stop_str_in_output": True},
+            [("say STOP", "STOP"), ("xSTOP", "STOP")],
+        ),
+        (
+            ["ab", "c"],
+            {"ends": [100], "stop_reason": 100},
+            {"stop_token_ids": [100]},
+            [("ab", 100), ("c", 100)],
+        ),
+    ],
+)
+@pytest.mark.parametrize("path", [COMPLETIONS, CHAT])
+async def test_beams_come_whole_and_end_as_the_engine_says(
+    server: MakeServer, path: str, texts: list[str], options: Json, body: Json, expected: list[Any]
+) -> None:
+    served = server(*texts, tokens_per_step=100, **options)
+    answer = await served.ok(path, BEAMS | body)
+    assert results(path, answer) == expected
+    num_tokens = sum(len(text) for text in texts) + 2 * len(options.get("ends", [END]))
+    assert answer["usage"]["completion_tokens"] == num_tokens
+    (request,) = served.engine.submitted
+    assert (request.params.use_beam_search, request.params.n, request.params.num_sequences) == (True, 2, 3)
+    assert served.engine.aborted == []
+
+
+async def test_beams_have_logprobs_and_an_echo(server: MakeServer) -> None:
+    answer = await server("ab", "ba", tokens_per_step=100).ok(COMPLETIONS, BEAMS | ECHO)
+    assert answer["choices"][0]["text"] == "hiab"
+    assert answer["choices"][0]["logprobs"] == ECHO_LOGPROBS
+    assert answer["choices"][1]["logprobs"]["tokens"] == ["h", "i", "b", "a", "<|end|>"]
+
+
+# --- other limits of what is generated ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("tokens_per_step", [1, 9])
+async def test_stop_strings_do_not_count_before_min_tokens(server: MakeServer, tokens_per_step: int) -> None:
+    served = server("abcbd", tokens_per_step=tokens_per_step)
+    answer = await served.ok(COMPLETIONS, {"stop": "b", "min_tokens": 3})
+    assert results(COMPLETIONS, answer) == [("abc", "b")]
+    assert served.engine.submitted[0].params.min_tokens == 3
+
+
+@pytest.mark.parametrize(
+    ("body", "max_tokens"),
+    [
+        ({"prompt": "x" * 60, "min_tokens": 5}, "(4), got 5"),
+        ({"prompt": "x" * 60, "min_tokens": 5, "max_tokens": None}, "(4), got 5"),
+        ({"prompt": ["x", "x" * 60], "min_tokens": 5}, "(4), got 5"),
+    ],
+)
+async def test_min_tokens_must_fit_beside_the_prompt(server: MakeServer, body: Json, max_tokens: str) -> None:
+    served = server("x")
+    status, answer = await served.post(COMPLETIONS, body)
+    assert (status, answer["error"]["code"], answer["error"]["param"]) == (400, "invalid_value", "min_tokens")
+    assert f"max_tokens {max_tokens}" in answer["error"]["message"]
+    assert served.engine.submitted == []
+
+
+async def test_the_text_of_a_last_token_that_is_no_end_token_is_shown(server: MakeServer) -> None:
+    answer = await server("ab", ends=[]).ok(COMPLETIONS, {})  # as a complete constraint ends
+    assert (answer["choices"][0]["text"], answer["choices"][0]["finish_reason"]) == ("ab", "stop")
+
+
+async def test_bad_words_reach_the_engine_as_tokens(server: MakeServer) -> None:
+    served = server("x")
+    await served.ok(COMPLETIONS, {"bad_words": ["no", "hello"]})
+    await served.ok(CHAT, {"bad_words": ["no"]})
+    first, second = served.engine.submitted
+    assert first.params.bad_words_token_ids == (tuple(ids("no")), tuple(ids("hello")))
+    assert second.params.bad_words_token_ids == (tuple(ids("no")),)
+
+
+@pytest.mark.parametrize(
+    ("body", "param"),
+    [
+        ({"bad_words": [f"{i:03}" + "x" * 20 for i in range(60)]}, "bad_words"),
+        ({"allowed_token_ids": [65, 66], "bad_words": ["A", "B"]}, "allowed_token_ids"),
+        ({"allowed_token_ids": [END], "min_tokens": 1}, "allowed_token_ids"),
+        ({"allowed_token_ids": [END, 9], "min_tokens": 1, "stop_token_ids": [9]}, "allowed_token_ids"),
+    ],
+)
+@pytest.mark.parametrize("path", [COMPLETIONS, CHAT])
+async def test_too_many_bad_words_and_nothing_to_generate_are_refused(
+    server: MakeServer, path: str, body: Json, param: str
+) -> None:
+    served = server("x")
+    status, answer = await served.post(path, body)
+    assert (status, answer["error"]["code"], answer["error"]["param"]) == (400, "invalid_value", param)
+    assert served.engine.submitted == []
+
+
+async def test_something_that_can_be_generated_is_served(server: MakeServer) -> None:
+    served = server("x")
+    for body in ({"allowed_token_ids": [65, 66], "bad_words": ["A", "BB"]}, {"allowed_token_ids": [END]}):
+        await served.ok(COMPLETIONS, body)
+    await served.ok(COMPLETIONS, {"allowed_token_ids": [END], "min_tokens": 1, "ignore_eos": True})
+
+
 # --- streams ---------------------------------------------------------------------------------------------
 
 
@@ -457,6 +782,11 @@ BODIES: list[Json] = [
     {"logprobs": 3, "n": 2},
     {"logprobs": 0, "return_tokens_as_token_ids": True},
     {"prompt": ["a", "b", "c"], "n": 2, "logprobs": 1},
+    {"echo": True, "n": 2},
+    {"echo": True, "logprobs": 2, "n": 2, "return_token_ids": True},
+    {"echo": True, "logprobs": 0, "prompt": [[65], [HELLO, END, 200]], "return_tokens_as_token_ids": True},
+    {"echo": True, "logprobs": 3, "prompt": "long text", "truncate_prompt_tokens": 3},
+    {"stop": "o", "min_tokens": 7, "logprobs": 1},
 ]
 TEXTS: list[Any] = [
     "hello world",

@@ -20,6 +20,7 @@ from jaxserve.api.responses import (
     chat_logprobs,
     completion_logprobs,
     event,
+    prompt_logprobs_json,
 )
 from jaxserve.messages import TopLogprobs
 from jaxserve.tokenizer import Tokenizer
@@ -139,6 +140,24 @@ def test_tokens_are_written_as_ids_on_request(tokenizer: Tokenizer) -> None:
     assert arrays["top_logprobs"][0].keys() == {"token_id:0", f"token_id:{HELLO}"}
     (chat,) = chat_logprobs([HELLO], [top(HELLO, 1)], strings)
     assert (chat["token"], chat["bytes"]) == (f"token_id:{HELLO}", list(b"hello"))
+
+
+def test_tokens_as_likely_as_each_other_share_their_rank(tokenizer: Tokenizer) -> None:
+    entry = TopLogprobs(-0.5, 2, [10, 65, 66, 67], [-0.25, -0.5, -0.5, -1.0])
+    (first, second) = prompt_logprobs_json([1, 66], [entry], 4, tokenizer)
+    assert first is None
+    assert second is not None
+    assert {key: value["rank"] for key, value in second.items()} == {"66": 2, "10": 1, "65": 2, "67": 4}
+    assert list(second) == ["66", "10", "65", "67"]
+
+
+@pytest.mark.parametrize(("k", "members"), [(0, ["66"]), (1, ["66", "10"]), (3, ["66", "10", "65"])])
+def test_no_more_likely_tokens_are_shown_than_asked_for(
+    tokenizer: Tokenizer, k: int, members: list[str]
+) -> None:
+    entry = TopLogprobs(-0.5, 2, [10, 65, 66, 67], [-0.25, -0.5, -0.5, -1.0])
+    (_, second) = prompt_logprobs_json([1, 66], [entry], k, tokenizer)
+    assert list(second or ()) == members
 
 
 # --- streams ---------------------------------------------------------------------------------------------
