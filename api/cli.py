@@ -11,6 +11,7 @@ from typing import Any, NoReturn
 import msgspec
 
 import jaxserve
+from jaxserve.api.protocol import RESERVED_TEMPLATE_KWARGS
 from jaxserve.config import EngineConfig, ServerConfig
 from jaxserve.errors import ConfigError
 
@@ -78,7 +79,7 @@ def make_parser() -> argparse.ArgumentParser:
     text.add_argument("--chat-template", help="a file, or the template's text")
     text.add_argument("--response-role")
     text.add_argument(
-        "--default-chat-template-kwargs", type=_json_object, help="JSON object of template variables"
+        "--default-chat-template-kwargs", type=_template_kwargs, help="JSON object of template variables"
     )
     text.add_argument(
         "--no-request-chat-template",
@@ -219,4 +220,12 @@ def _json_object(text: str) -> dict[str, Any]:
         raise argparse.ArgumentTypeError(f"must be a JSON object: {error}") from None
     if not isinstance(value, dict):
         raise argparse.ArgumentTypeError(f"must be a JSON object, got {text[:100]!r}")
+    return value
+
+
+def _template_kwargs(text: str) -> dict[str, Any]:
+    value = _json_object(text)
+    taken = [name for name in value if name in RESERVED_TEMPLATE_KWARGS or name.startswith("_")]
+    if taken:
+        raise argparse.ArgumentTypeError(f"must not have {taken[0][:100]!r}: the name is reserved")
     return value
