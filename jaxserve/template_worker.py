@@ -30,9 +30,6 @@ MAX_KWARGS_BYTES = 64 << 10
 MAX_TEXT_BYTES = 4 << 20
 LIMITS = JobLimits(seconds=2.0, memory_bytes=512_000_000, output_bytes=MAX_TEXT_BYTES + 1024)
 
-# Python's compiler has limits of its own, which it states as syntax
-COMPILE_FAULTS = (*TEMPLATE_FAULTS, SyntaxError)
-
 Param = Literal["chat_template", "chat_template_kwargs", "messages"]
 
 
@@ -181,7 +178,9 @@ def _render(job: _Job) -> str:
         template = ChatTemplate(job.source, job.special_tokens, trusted=job.trusted)
     except jinja2.TemplateSyntaxError as error:
         raise template_error(f"line {error.lineno}: {error.message}") from error
-    except COMPILE_FAULTS as error:
+    except SyntaxError as error:  # of Python's compiler, which states its limits so
+        raise template_error(error.msg) from error
+    except TEMPLATE_FAULTS as error:
         raise template_error(str(error) or type(error).__name__) from error
     messages = normalize_messages(job.messages, template)
     return template.render(messages, job.variables, max_bytes=MAX_TEXT_BYTES, **job.options)
