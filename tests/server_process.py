@@ -37,8 +37,16 @@ class ServerProcess:
     @property
     def engine(self) -> psutil.Process:
         """The engine process."""
-        (engine,) = psutil.Process(self.process.pid).children()
-        return engine
+        return self._child("jaxserve.engine_server")
+
+    @property
+    def template_worker(self) -> psutil.Process:
+        """The process that renders what requests bring."""
+        return self._child("jaxserve.template_worker")
+
+    def _child(self, module: str) -> psutil.Process:
+        (child,) = (c for c in psutil.Process(self.process.pid).children() if module in c.cmdline())
+        return child
 
     def get(self, path: str, **options: Any) -> httpx.Response:
         return httpx.get(self.url + path, timeout=10, **options)

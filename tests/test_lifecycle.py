@@ -148,11 +148,20 @@ def test_a_stalled_engine_turns_health_red_until_it_moves_again(start: Any) -> N
         assert server.post("/v1/completions", STREAM | {"stream": False, "max_tokens": 2}).status_code == 200
 
 
-def test_the_engine_ends_with_a_server_that_is_killed(start: Any) -> None:
+def test_no_process_outlives_a_server_that_is_killed(start: Any) -> None:
     with start() as server:
-        engine = server.engine
+        others = [server.engine, server.template_worker]
         server.process.kill()
-        engine.wait(10)
+        for process in others:
+            process.wait(10)
+
+
+def test_no_process_outlives_a_server_that_ends(start: Any) -> None:
+    with start() as server:
+        others = [server.engine, server.template_worker]
+        server.process.terminate()
+        assert server.process.wait(20) == 0
+        assert not any(process.is_running() for process in others)
 
 
 def test_a_full_queue_refuses_with_429_and_retry_after(start: Any) -> None:
@@ -233,13 +242,14 @@ def test_keys_guard_every_route_but_the_probes(start: Any) -> None:
         for key in ("first", "second", "third"):
             assert server.get("/v1/models", headers={"Authorization": f"bearer {key}"}).status_code == 200
         assert server.get("/v1/models", headers={"Authorization": "Bearer fourth"}).status_code == 401
-        assert b"second" not in b"".join(v.encode() for v in server.engine.environ().values())
+        for process in (server.engine, server.template_worker):
+            assert "second" not in "".join(process.environ().values())
         for secret in ("first", "second", "third"):
             assert secret not in server.log.read_text()
 
 
-def test_a_server_is_one_api_process_without_jax_and_one_engine(start: Any) -> None:
+def test_only_the_engine_process_has_jax(start: Any) -> None:
     with start() as server:
-        maps = Path(f"/proc/{server.process.pid}/maps").read_text()
-        assert "jaxlib" not in maps
+        for pid in (server.process.pid, server.template_worker.pid):
+            assert "jaxlib" not in Path(f"/proc/{pid}/maps").read_text()
         assert "jaxlib" in Path(f"/proc/{server.engine.pid}/maps").read_text()
