@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any, Literal
 
+import orjson
+
 import jaxserve
 from jaxserve.api.auth import OPEN_ROUTES
 from jaxserve.api.fields import JsonSchema, Table
@@ -23,7 +25,8 @@ Json = dict[str, Any]
 REQUEST_ID_PATTERN = "^[A-Za-z0-9._:-]{1,128}$"
 ABOUT = (
     "OpenAI's API for large language models, served by jaxserve. A field that is accepted takes effect; what "
-    "cannot be served is refused before the response begins. HEAD works wherever GET does. Some rules hold "
+    "cannot be served is refused before the response begins. HEAD works wherever GET does; another method is a 405 "
+    "with Allow, an unknown path a 404. Some rules hold "
     "between fields (n and best_of, stream and stream_options, the length of prompt and output): breaking one is "
     "a 400 that names the field, although the body is valid under its schema."
 )
@@ -211,11 +214,10 @@ def openapi_document(config: DocumentConfig) -> Json:
     paths: dict[str, Json] = {}
     for operation in _operations(protocol.model_names[0]):
         paths.setdefault(operation.path, {})[operation.method] = _operation(operation, config)
-    components: Json = {
-        "schemas": schemas,
-        "responses": {f"Error{status}": _error_response(status) for status in ERRORS},
-        "headers": _HEADERS,
-    }
+    responses = {f"Error{status}": _error_response(status) for status in ERRORS}
+    responses = _used("responses", responses, paths)
+    headers = _used("headers", _HEADERS, [paths, responses])
+    components: Json = {"schemas": schemas, "responses": responses, "headers": headers}
     document: Json = {
         "openapi": "3.1.1",
         "info": {"title": "jaxserve", "version": jaxserve.__version__, "description": ABOUT},
@@ -244,6 +246,14 @@ def _request_schemas(protocol: ProtocolConfig, chat: Table) -> dict[str, JsonSch
         if protocol.ignore_unknown_fields
         else schemas
     )
+
+
+def _used(kind: str, components: Json, by: Any) -> Json:
+    """Those components that `by` refers to."""
+    text = orjson.dumps(by).decode()
+    return {
+        name: component for name, component in components.items() if f'"#/components/{kind}/{name}"' in text
+    }
 
 
 def _opened(schema: Any) -> Any:
@@ -282,13 +292,8 @@ _HEADERS: Json = {
         "required": True,
         "schema": {"type": "string", "const": "Bearer"},
     },
-    "Allow": {
-        "description": "The methods that the path has.",
-        "required": True,
-        "schema": {"type": "string"},
-    },
 }
-_ERROR_HEADERS = {401: "WWW-Authenticate", 405: "Allow", 429: "Retry-After", 503: "Retry-After"}
+_ERROR_HEADERS = {401: "WWW-Authenticate", 429: "Retry-After", 503: "Retry-After"}
 _REQUEST_ID: Json = {
     "name": "X-Request-Id",
     "in": "header",
@@ -312,7 +317,7 @@ def _error_response(status: int) -> Json:
 
 def _operation(operation: Operation, config: DocumentConfig) -> Json:
     is_open = operation.path in OPEN_ROUTES
-    statuses = [*operation.errors, 405, 431, 500, *([401] if config.needs_key and not is_open else [])]
+    statuses = [*operation.errors, 431, 500, *([401] if config.needs_key and not is_open else [])]
     result: Json = {
         "operationId": operation.name,
         "summary": operation.summary,

@@ -73,7 +73,6 @@ ERRORS: Mapping[int, ErrorKind] = {
     ),
     401: ErrorKind("authentication_error", ("invalid_api_key",), "The API key is missing or wrong."),
     404: ErrorKind("not_found_error", ("model_not_found", "not_found"), "There is no such model or path."),
-    405: ErrorKind("invalid_request_error", ("method_not_allowed",), "The path has no such method."),
     408: ErrorKind(
         "timeout_error", ("request_timeout",), "The body did not come in time, or no token within the limit."
     ),

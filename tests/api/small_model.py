@@ -22,9 +22,9 @@ from jaxserve.api.metrics import Metrics
 from jaxserve.chat_template import ChatTemplate
 from jaxserve.config import EngineConfig, ServerConfig
 from jaxserve.generation_config import GenerationDefaults
-from jaxserve.messages import TopLogprobs
+from jaxserve.messages import AddRequest, SequenceOutput, TopLogprobs
 from jaxserve.tokenizer import Tokenizer, load_tokenizer
-from tests.api.fake_engine import FakeEngineClient
+from tests.api.fake_engine import FakeEngineClient, generate
 
 END, USER, HELLO, WORLD = 256, 257, 258, 259  # "<|end|>", "<|user|>", "hello", " world"
 VOCAB_SIZE = 260
@@ -92,3 +92,17 @@ def falling_logprobs(token_id: int, k: int) -> TopLogprobs:
     """Token ids 0, 1, 2, … are ever less likely: id i has the logprob −(i + 1) / 4. Id 200 is impossible."""
     logprob = -math.inf if token_id == 200 else -(token_id + 1) / 4
     return TopLogprobs(logprob, token_id + 1, list(range(k)), [-(i + 1) / 4 for i in range(k)])
+
+
+def generate_a_little(request: AddRequest) -> list[list[SequenceOutput]]:
+    """A script for any request: "hey!", or its beginning; of every sequence, beams whole."""
+    params = request.params
+    count = params.n if params.use_beam_search else params.num_sequences
+    tokens = ids("hey!")[: params.max_tokens]
+    return generate(
+        request,
+        [tokens] * count,
+        finish_reason="length",
+        tokens_per_step=4 if params.use_beam_search else 1,
+        logprobs=falling_logprobs,
+    )
