@@ -56,7 +56,7 @@ TEXTS = [
     "Hello",
     "The capital of France is",
     "def fibonacci(n):\n    if n < 2:\n        return n\n    return",
-    "Zażółć gęślą jaźń; 日本語のテキスト 🎉",
+    "🎉 Joyeux anniversaire à toi, ça fait déjà 10 ans que",
     "SELECT name FROM users WHERE",
     "1, 1, 2, 3, 5, 8, 13,",
 ]
@@ -390,7 +390,7 @@ def make_demo(path: Path, first: int, last: int) -> None:
         memory = Remembered(model)
         (best, *_), _ = search(memory, prompt, {"best_of": 4, "max_tokens": DEMO_TOKENS})
         bad_words = [best[1:2], best[2:5]] if best[1:2] != [EOS] else [best[:1]]
-        cases = [make_case(model, prompt, params, DEMO_NOISE) for params in demo_cases(index, bad_words)]
+        cases = [make_case(memory, prompt, params, DEMO_NOISE) for params in demo_cases(index, bad_words)]
         report(repr(text[:40]), cases)
         for case in cases:
             del case["prompt"]
