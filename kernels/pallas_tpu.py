@@ -339,8 +339,8 @@ def _tiled_queries(plan: Plan, queries: jax.Array) -> jax.Array:
 
 
 def _new_rows(plan: Plan, keys: jax.Array, values: jax.Array) -> dict[str, jax.Array]:
-    """What is to be written: rows [K, lead + T + …, L] in float32 (a DMA can shift 32-bit rows by any number of
-    tokens), and for a quantized pool the scales [K, 2, lead + T + …]."""
+    """What is to be written: rows [K, lead + T + …, L] in float32 (only 32-bit rows can be shifted by any
+    number of tokens), and for a quantized pool the scales [K, 2, lead + T + …]."""
     p = plan
     operands = {}
     behind = -(-p.T // LANES) * LANES - p.T + 2 * LANES
@@ -393,14 +393,14 @@ def _call(
     scratch = _scratch(p)
     in_names = [*SCALAR_ROWS, *operands, *(f"{name}_in" for name in pool_names)]
     names = [*in_names, *out_shapes, *scratch]
-    any_space = pl.BlockSpec(memory_space=pl.ANY)
+    hbm = pl.BlockSpec(memory_space=pltpu.HBM)  # ANY may be vector memory, which cannot be read at any row
     call = pl.pallas_call(
         functools.partial(_kernel, p, names),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=len(SCALAR_ROWS),
             grid=(p.num_instances,),
-            in_specs=[any_space] * (len(operands) + len(pools)),
-            out_specs=[any_space] * len(out_shapes),
+            in_specs=[hbm] * (len(operands) + len(pools)),
+            out_specs=[hbm] * len(out_shapes),
             scratch_shapes=list(scratch.values()),
         ),
         out_shape=list(out_shapes.values()),
@@ -442,7 +442,7 @@ def _scratch(plan: Plan) -> dict[str, Any]:
         buffers["stage_scales"] = ((2, p.K, 2, p.unit), f32)
     if p.with_prefill:
         rows = p.G * p.Q
-        buffers["fresh"] = ((2, p.K, p.new_rows, p.L), f32)
+        buffers["fresh"] = ((2, p.K, p.new_rows + SUBLANES, p.L), f32)
         buffers["tile_q"] = ((2, p.head_group, rows, p.Lk), p.query_dtype)
         buffers["tile_out"] = ((2, p.head_group, rows, p.Lv), p.query_dtype)
         buffers["tile_peak"] = ((p.head_group, rows, LANES), f32)
@@ -539,7 +539,7 @@ class _Step:
             position = start + unit * p.unit
             source = self.offset_in_block(position, p.unit) + offset
             target = pl.multiple_of(unit * p.unit + offset, size)
-            source = source if size == p.B else pl.multiple_of(source, size)
+            source = source if isinstance(source, int) else pl.multiple_of(source, size)
             act(
                 pltpu.make_async_copy(
                     r.pool.at[self.block_of(row, position), heads, pl.ds(source, size)],
@@ -558,7 +558,7 @@ class _Step:
 
             @pl.when((rest & size) != 0)
             def _(size: int = size) -> None:
-                piece(full, rest & ~(2 * size - 1), size)
+                piece(full, 0 if size == p.unit else rest & ~(2 * size - 1), size)
 
             size //= 2
         if p.quantized:
@@ -827,13 +827,17 @@ class _Step:
         p, r = self.plan, self.refs
         size = p.new_rows
 
+        def first_new(row: jax.Array, base: jax.Array) -> jax.Array:
+            """Where the new rows begin that belong to positions from `base` on."""
+            return self.first_token(row) + base - self.first_position(row) + p.lead
+
         def copies_in(item: Item, slot: jax.Array) -> list[Any]:
             row = item[0]
             block, base, span = self._window_place(item, size)
-            token = self.first_token(row) + base - self.first_position(row) + p.lead
+            first = pl.multiple_of(_align(first_new(row, base), SUBLANES), SUBLANES)
             return [
                 pltpu.make_async_copy(
-                    r.new.at[self.heads, pl.ds(token, size)], r.fresh.at[slot], r.kv_sem.at[slot]
+                    r.new.at[self.heads, pl.ds(first, size + SUBLANES)], r.fresh.at[slot], r.kv_sem.at[slot]
                 ),
                 pltpu.make_async_copy(
                     r.pool.at[block, self.heads, span], r.kv.at[slot, :, pl.ds(0, size)], r.kv_sem.at[slot]
@@ -849,7 +853,9 @@ class _Step:
             row, window, _ = item
             old = _to_float32(r.kv[slot, :, pl.ds(0, size)])
             at = window * size + _iota(old.shape, 1)
-            new = jnp.where(at < self.seq_len(row), r.fresh[slot], 0.0)
+            back = size + SUBLANES - _mod(first_new(row, window * size), SUBLANES)  # a whole turn is none
+            fresh = pltpu.roll(r.fresh[slot], back, 1)[:, :size]
+            new = jnp.where(at < self.seq_len(row), fresh, 0.0)
             merged = jnp.where(at < self.first_position(row), old, new)
             r.kv[slot, :, pl.ds(0, size)] = _from_float32(merged, p.kv_dtype)
 
