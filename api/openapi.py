@@ -344,7 +344,7 @@ def _success(operation: Operation, config: DocumentConfig) -> Json:
     description = "The answer."
     if operation.chunk is not None:
         content["text/event-stream"] = {"schema": _event(operation.chunk)}
-        description += " With stream: server-sent events, the last of which has the data `[DONE]`."
+        description += " With stream: server-sent events; the schema is that of each event."
     return {
         "description": description,
         "headers": _headers(*(["X-Ignored-Fields"] if ignored else [])),
@@ -353,5 +353,11 @@ def _success(operation: Operation, config: DocumentConfig) -> Json:
 
 
 def _event(chunk: str) -> JsonSchema:
-    """Of the data of each event but the last."""
-    return {"anyOf": [ref(chunk), ref("StreamError")]}
+    """Of each event of the stream."""
+    content = {"anyOf": [ref(chunk), ref("StreamError")]}
+    json_text = {"type": "string", "contentMediaType": "application/json", "contentSchema": content}
+    return {
+        "type": "object",
+        "properties": {"data": {"anyOf": [json_text, {"const": "[DONE]"}]}},
+        "required": ["data"],
+    }

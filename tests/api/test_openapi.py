@@ -424,8 +424,11 @@ async def check_response(
         *events, last = data.decode().removesuffix("\n\n").split("\n\n")
         assert last == "data: [DONE]"
         values = [json.loads(event.removeprefix("data: ")) for event in events]
+        for data in ("[DONE]", *map(json.dumps, values)):
+            validator(document, schema).validate({"data": data})
+        content = schema["properties"]["data"]["anyOf"][0]["contentSchema"]
         for value in values:
-            validator(document, schema).validate(value)
+            validator(document, content).validate(value)
         return response.status_code, values
     value = json.loads(data) if response.mimetype == "application/json" else data.decode()
     validator(document, schema).validate(value)
