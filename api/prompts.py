@@ -32,6 +32,7 @@ NO_TEMPLATE = (
 
 # where a word's tokens are looked at: at the beginning of a text, behind a space, at the beginning of a line
 WORD_ANCHORS = (("", ""), ("x", " "), ("\n", ""))
+LONG_TEXT_CHARS = 64 << 10
 Request = TypeVar("Request", bound=GenerationRequest)
 
 
@@ -101,8 +102,10 @@ class PromptEncoder:
         prompts = []
         for i, prompt in enumerate(request.prompts):
             is_text = isinstance(prompt, str)
-            all_ids = self.encode(prompt, request.add_special_tokens) if isinstance(prompt, str) else prompt
             name = f"prompt {i}" if several else "the prompt"
+            if isinstance(prompt, str):
+                self._refuse_hopeless(prompt, request.length, param="prompt", name=name)
+            all_ids = self.encode(prompt, request.add_special_tokens) if isinstance(prompt, str) else prompt
             ids, max_tokens = fit(all_ids, request.length, self.max_model_len, param="prompt", name=name)
             echo = ""
             if request.output.echo:
@@ -125,12 +128,24 @@ class PromptEncoder:
             RequestError: the template refuses the messages, there is no template, or there are no tokens.
             ContextLengthError: prompt and output do not fit.
         """
-        all_ids = self.encode(self.render(request.prompt) if text is None else text, request.add_special_tokens)
-        ids, max_tokens = fit(
-            all_ids, request.length, self.max_model_len, param="messages", name="the conversation"
-        )
+        text = self.render(request.prompt) if text is None else text
+        at = {"param": "messages", "name": "the conversation"}
+        self._refuse_hopeless(text, request.length, **at)
+        all_ids = self.encode(text, request.add_special_tokens)
+        ids, max_tokens = fit(all_ids, request.length, self.max_model_len, **at)
         echo = self._chat_echo(request.prompt) if request.output.echo else ""
         return TokenizedPrompt(token_ids=ids, max_tokens=max_tokens, echo=echo)
+
+    def _refuse_hopeless(self, text: str, length: LengthOptions, *, param: str, name: str) -> None:
+        """Refuse a long text that cannot fit before the seconds that its tokenization would take."""
+        if len(text) < LONG_TEXT_CHARS or length.truncate_prompt_tokens is not None:
+            return
+        at_least = self.tokenizer.min_num_tokens(text)
+        if at_least > longest_prompt(length, self.max_model_len):
+            asked = 1 if length.max_tokens is None else length.max_tokens
+            raise _too_long(
+                at_least, asked, self.max_model_len, name, "the output", param, quantifier="at least "
+            )
 
     def encode(self, text: str, add_special_tokens: bool) -> list[int]:
         return self.tokenizer.encode(text, add_special_tokens=add_special_tokens)
@@ -208,7 +223,7 @@ def fit(
     explicit = length.max_tokens_field is not None
     room = max_model_len - len(token_ids)
     asked = length.max_tokens
-    if room < (0 if asked == 0 else 1):
+    if len(token_ids) > longest_prompt(length, max_model_len):
         raise _too_long(
             len(token_ids), 1 if asked is None else asked, max_model_len, name, "the output", param
         )
@@ -218,6 +233,11 @@ def fit(
     max_tokens = room if asked is None else min(asked, room)
     check_min_tokens(length.min_tokens, max_tokens, field)
     return token_ids, max_tokens
+
+
+def longest_prompt(length: LengthOptions, max_model_len: int) -> int:
+    """Tokens that a prompt may have if at least one is to follow, where any is."""
+    return max_model_len if length.max_tokens == 0 else max_model_len - 1
 
 
 def truncate(token_ids: list[int], length: LengthOptions, max_model_len: int) -> list[int]:
@@ -268,10 +288,17 @@ def _tokens_behind(before: str, space: str, word: str, tokenizer: Tokenizer) -> 
 
 
 def _too_long(
-    num_tokens: int, asked: int, max_model_len: int, name: str, field: str, param: str
+    num_tokens: int,
+    asked: int,
+    max_model_len: int,
+    name: str,
+    field: str,
+    param: str,
+    *,
+    quantifier: str = "",
 ) -> ContextLengthError:
     message = (
-        f"The model's context length is {max_model_len} tokens, but {name} has {num_tokens} and {field} asks "
-        f"for {asked}: {num_tokens + asked} in all. Shorten the prompt or ask for fewer tokens."
+        f"The model's context length is {max_model_len} tokens, but {name} has {quantifier}{num_tokens} and {field} "
+        f"asks for {asked}: {quantifier}{num_tokens + asked} in all. Shorten the prompt or ask for fewer tokens."
     )
     return ContextLengthError(message, param=param)

@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Sequence
 from enum import Enum
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import tokenizers
 
 from jaxserve.errors import ModelLoadError
+from jaxserve.token_bound import TokenBound
 
 NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
 
@@ -83,6 +85,15 @@ class Tokenizer:
         # the batch form leaves out character offsets, which takes half the time
         (encoding,) = self._backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)
         return list(encoding.ids)
+
+    def min_num_tokens(self, text: str) -> int:
+        """Tokens that `text` has at least, special ones that are added not counted; found without tokenizing it.
+        0 if nothing can be said."""
+        return self._token_bound(text)
+
+    @cached_property
+    def _token_bound(self) -> TokenBound:
+        return TokenBound(self._backend, BYTES_OF_CHARACTERS)
 
     def decode(
         self, ids: Sequence[int], *, skip_special_tokens: bool, spaces_between_special_tokens: bool = True

@@ -357,6 +357,32 @@ async def test_what_does_not_fit_is_refused_with_all_numbers(
     assert served.engine.submitted == []
 
 
+@pytest.mark.parametrize(
+    ("text", "at_least"),
+    [("1" * 2_000_000, 2_000_000), ("ab " * 600_000, 600_000), ("é" * 500_000, 1_000_000)],
+)
+@pytest.mark.parametrize("path", [COMPLETIONS, CHAT])
+async def test_megabytes_that_cannot_fit_are_not_tokenized(
+    server: MakeServer, monkeypatch: pytest.MonkeyPatch, path: str, text: str, at_least: int
+) -> None:
+    served = server("x")
+    monkeypatch.setattr(Tokenizer, "encode", lambda *_, **__: pytest.fail("tokenized"))
+    body = {"prompt": text} if path == COMPLETIONS else {"messages": [{"role": "user", "content": text}]}
+    status, answer = await served.post(path, body)
+    error = answer["error"]
+    param = "prompt" if path == COMPLETIONS else "messages"
+    assert (status, error["code"], error["param"]) == (400, "context_length_exceeded", param)
+    asked = 16 if path == COMPLETIONS else 1
+    assert f"has at least {at_least} and the output asks for {asked}" in error["message"]
+    assert f"at least {at_least + asked} in all" in error["message"]
+
+
+async def test_a_long_prompt_that_is_truncated_is_served(server: MakeServer) -> None:
+    served = server("x")
+    answer = await served.ok(COMPLETIONS, {"prompt": "1" * 100_000, "truncate_prompt_tokens": 7})
+    assert answer["usage"]["prompt_tokens"] == 7
+
+
 async def test_no_prompt_is_submitted_if_one_of_them_is_refused(server: MakeServer) -> None:
     served = server("x")
     status, _ = await served.post(COMPLETIONS, {"prompt": ["fine", "x" * 100]})
