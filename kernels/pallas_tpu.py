@@ -29,9 +29,10 @@ from jaxserve.kernels.reference import QuantizedPool, quantize_kv
 LANES = 128  # of a vector register
 SUBLANES = 8
 READ_ROWS = 4  # the end of a context is read in pieces of a power of two of tokens, at least this many
-WINDOW_ROWS = 32  # tokens that one insertion touches; whole tiles in every dtype
 MASKED = -1e30  # finite, so that a row without any context gives 0 and no NaN
-CHUNK_BYTES = 2 << 20  # of K and V in flight while another chunk is used; more than bandwidth × latency of any chip
+CHUNK_BYTES = (
+    2 << 20
+)  # of K and V in flight while another chunk is used; more than bandwidth × latency of any chip
 MAX_CHUNK = 512  # tokens
 DECODE_TILE = 256  # tokens of one softmax update of the decode path
 SMEM_TABLE_BYTES = 768 << 10  # of 1 MiB scalar memory, for the block tables
@@ -47,7 +48,9 @@ def half_lanes(head_dim: int) -> int:
     return LANES // 2 if head_dim <= LANES // 2 else -(-head_dim // LANES) * LANES
 
 
-def pool_shape(num_blocks: int, num_kv_heads: int, block_size: int, head_dim: int) -> tuple[int, int, int, int]:
+def pool_shape(
+    num_blocks: int, num_kv_heads: int, block_size: int, head_dim: int
+) -> tuple[int, int, int, int]:
     """Shape of one layer's pool: [N, K, B, 2 · half_lanes(D)], a token's K and V side by side in its row."""
     return (num_blocks, num_kv_heads, block_size, 2 * half_lanes(head_dim))
 
@@ -146,7 +149,8 @@ class Plan:
 
     @property
     def window_rows(self) -> int:
-        return min(self.unit, WINDOW_ROWS)
+        """Tokens that one insertion touches: a tile of registers."""
+        return min(self.unit, SUBLANES * self.write_rows)
 
     @property
     def write_rows(self) -> int:
@@ -177,7 +181,7 @@ def unsupported(
         return f"the pool is {pool.dtype.name}, not one of {', '.join(POOL_DTYPES)}"
     if (pool.dtype.itemsize == 1) != isinstance(kv_pool, QuantizedPool):
         return f"a pool of {pool.dtype.name} {'needs' if pool.dtype.itemsize == 1 else 'takes no'} scales"
-    if L != 2 * half_lanes(D):
+    if 2 * half_lanes(D) != L:
         return f"rows of the pool have {L} lanes; head_dim {D} takes {2 * half_lanes(D)}"
     if D > 2 * LANES:
         return f"head_dim {D} exceeds {2 * LANES}"
@@ -354,9 +358,7 @@ def _new_rows(plan: Plan, keys: jax.Array, values: jax.Array) -> dict[str, jax.A
     return {"new": jnp.pad(new, ((0, 0), (p.lead, behind), (0, 0))), **operands}
 
 
-def _merge_outputs(
-    plan: Plan, counts: jax.Array, outputs: dict[str, jax.Array], head_dim: int
-) -> jax.Array:
+def _merge_outputs(plan: Plan, counts: jax.Array, outputs: dict[str, jax.Array], head_dim: int) -> jax.Array:
     p = plan
     first_lane = p.L // 2 if p.Lv == p.L else 0
     lanes = slice(first_lane, first_lane + head_dim)
@@ -481,7 +483,9 @@ class _Step:
     # -- scalars ------------------------------------------------------------------------------------------------
 
     def seq_len(self, row: jax.Array) -> jax.Array:
-        return self.refs.seq_lens[jnp.minimum(row, self.plan.S - 1)]  # a pipeline looks one row beyond the last
+        return self.refs.seq_lens[
+            jnp.minimum(row, self.plan.S - 1)
+        ]  # a pipeline looks one row beyond the last
 
     def first_token(self, row: jax.Array) -> jax.Array:
         return self.refs.query_start_loc[jnp.minimum(row, self.plan.S)]
@@ -596,7 +600,9 @@ class _Step:
 
         lax.fori_loop(_div(first + rows - 1, rows), _div(stop, rows), clear, None)
 
-    def scale_rows(self, slot: jax.Array, first_unit: Any, num_units: int, heads: Any) -> tuple[jax.Array, ...]:
+    def scale_rows(
+        self, slot: jax.Array, first_unit: Any, num_units: int, heads: Any
+    ) -> tuple[jax.Array, ...]:
         """Scales of K and of V, [heads, 1, tokens] each."""
         units = [self.refs.kv_scales[slot, first_unit + i, heads] for i in range(num_units)]
         scales = units[0] if num_units == 1 else jnp.concatenate(units, axis=-1)
@@ -637,7 +643,11 @@ class _Step:
             self.start_chunk(self.heads, row, start, self.seq_len(row) - 1, slot)
             pl.when(chunk == 0)(lambda: query_copy(row).start())
             last, new = copies(item)
-            pl.when(last)(lambda: [copy().start() for copy in new] and None)
+
+            @pl.when(last)
+            def _() -> None:
+                for copy in new:
+                    copy().start()
 
         def consume(item: Item, slot: jax.Array) -> None:
             row, chunk = item
@@ -769,7 +779,9 @@ class _Step:
 
     def _out_copy(self, row: jax.Array) -> Any:
         r = self.refs
-        return pltpu.make_async_copy(r.out.at[row & 1], r.out_single.at[row, self.heads], r.out_sem.at[row & 1])
+        return pltpu.make_async_copy(
+            r.out.at[row & 1], r.out_single.at[row, self.heads], r.out_sem.at[row & 1]
+        )
 
     # -- rows of several tokens: writing ------------------------------------------------------------------------
 
@@ -951,7 +963,9 @@ class _Step:
         def query_copy(item: Item) -> Any:
             group, _, tile, _, ordinal = item
             slot = ordinal & 1
-            return pltpu.make_async_copy(r.q_tiled.at[tile, heads(group)], r.tile_q.at[slot], r.q_sem.at[slot])
+            return pltpu.make_async_copy(
+                r.q_tiled.at[tile, heads(group)], r.tile_q.at[slot], r.q_sem.at[slot]
+            )
 
         def out_copy(group: jax.Array, tile: jax.Array, ordinal: jax.Array) -> Any:
             slot = ordinal & 1
@@ -959,7 +973,7 @@ class _Step:
                 r.tile_out.at[slot], r.out_tiled.at[tile, heads(group)], r.out_sem.at[slot]
             )
 
-        def chunk_of(item: Item) -> tuple[Any, ...]:
+        def chunk_of(item: Item) -> tuple[Any, jax.Array, jax.Array, jax.Array]:
             group, row, tile, chunk, _ = item
             start, stop, _ = part(row, tile)
             return heads(group), row, start + chunk * p.chunk, stop
@@ -1075,9 +1089,7 @@ def _normalize(acc: jax.Array, total: jax.Array) -> jax.Array:
 
 
 def _dot(a: jax.Array, b: jax.Array, axis: int, precision: lax.Precision) -> jax.Array:
-    return lax.dot_general(
-        a, b, (((1,), (axis,)), ((), ())), precision, preferred_element_type=jnp.float32
-    )
+    return lax.dot_general(a, b, (((1,), (axis,)), ((), ())), precision, preferred_element_type=jnp.float32)
 
 
 def _batched_dot(a: jax.Array, b: jax.Array, axis: int, precision: lax.Precision) -> jax.Array:
@@ -1144,7 +1156,9 @@ def _pad_lanes(x: jax.Array, lanes: int) -> jax.Array:
 
 
 def _div(x: Any, n: int) -> Any:
-    return lax.shift_right_arithmetic(x, jnp.int32(n.bit_length() - 1)) if isinstance(x, jax.Array) else x // n
+    return (
+        lax.shift_right_arithmetic(x, jnp.int32(n.bit_length() - 1)) if isinstance(x, jax.Array) else x // n
+    )
 
 
 def _mod(x: jax.Array, n: int) -> jax.Array:
