@@ -24,7 +24,7 @@ from jaxserve.api.http_server import HttpServer, hypercorn_config, listen
 from jaxserve.api.metrics import Metrics
 from jaxserve.chat_template import load_chat_template
 from jaxserve.config import ServerConfig
-from jaxserve.engine_client import SocketEngineClient
+from jaxserve.engine_client import ENGINE_COMMAND, SocketEngineClient
 from jaxserve.errors import EngineStartingError
 from jaxserve.generation_config import load_generation_defaults
 from jaxserve.messages import EngineInfo
@@ -72,6 +72,7 @@ class _Server:
             config.engine,
             stall_limit_s=config.stall_limit_s,
             on_step=lambda stats: self._metrics.observe_step(stats),
+            command=(*ENGINE_COMMAND, "--log-level", config.log_level),
         )
         self._metrics = Metrics(name, lambda: self._engine.stats, self._engine_info)
         self._executor = ThreadPoolExecutor(2, thread_name_prefix="tokenize")

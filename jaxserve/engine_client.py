@@ -40,6 +40,7 @@ logger = logging.getLogger("jaxserve.engine_client")
 EXIT_GRACE_S = 5.0
 EXIT_STATUS_LIMIT_S = 1.0
 WATCH_INTERVAL_S = 0.25
+ENGINE_COMMAND = (sys.executable, "-m", "jaxserve.engine_server")
 
 RequestStream = AsyncIterator[list[SequenceOutput]]
 """Outputs of one request, a list a step; ends when every sequence is finished or aborted."""
@@ -138,7 +139,7 @@ class SocketEngineClient:
         *,
         stall_limit_s: float = 60.0,
         on_step: Callable[[EngineStats], None] = lambda _: None,
-        command: Sequence[str] = (sys.executable, "-m", "jaxserve.engine_server"),
+        command: Sequence[str] = ENGINE_COMMAND,
     ) -> None:
         self._config = config
         self._stall_limit_s = stall_limit_s

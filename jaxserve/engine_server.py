@@ -1,4 +1,4 @@
-"""The engine process: `python -m jaxserve.engine_server SOCKET`.
+"""The engine process: `python -m jaxserve.engine_server [--log-level LEVEL] SOCKET`.
 
 It connects to the API process's UNIX socket, reads its EngineConfig as the first frame, says EngineInfo when it is
 ready, and then steps while there is work. One thread reads the socket, one writes it, and the main thread steps:
@@ -7,6 +7,7 @@ a slow reader on the other side never delays a step. The process ends when the s
 
 from __future__ import annotations
 
+import argparse
 import ctypes
 import gc
 import logging
@@ -150,16 +151,34 @@ def _end_with_parent() -> None:
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
+def _configure_logging(name: str) -> None:
+    """Log what jaxserve itself has to say from level `name` on, and only the troubles of the libraries: jax, for one,
+    tells at INFO of every platform that the machine does not have."""
+    level = logging.getLevelNamesMapping()[name]
+    logging.basicConfig(
+        stream=sys.stderr,
+        level=max(level, logging.WARNING),
+        format="%(asctime)s %(levelname)s %(name)s: %(message)s",
+    )
+    logging.getLogger("jaxserve").setLevel(level)
+    logging.getLogger("absl").setLevel(logging.ERROR)
+    os.environ.setdefault(
+        "TF_CPP_MIN_LOG_LEVEL", "2"
+    )  # of XLA's own log, read when jax is imported; 2: errors
+
+
 def main() -> int:
     """Entry point; the exit status is 0 after Shutdown, 2 for a wrong model or flag, 1 for a defect."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the API process, which drains
     _end_with_parent()
-    logging.basicConfig(
-        stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s"
-    )
+    parser = argparse.ArgumentParser(prog="python -m jaxserve.engine_server")
+    parser.add_argument("--log-level", default="info")
+    parser.add_argument("socket")
+    arguments = parser.parse_args()
+    _configure_logging(arguments.log_level.upper())
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
-        sock.connect(sys.argv[1])
+        sock.connect(arguments.socket)
         connection = Connection(sock)
         config = connection.read_config()
     except (OSError, EOFError):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.client
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -29,6 +30,8 @@ UNAUTHORIZED = {
     }
 }
 STREAM: dict[str, Any] = {"model": "tiny", "prompt": [5, 6, 7], "stream": True, "ignore_eos": True}
+# two sequences run at once: this one goes on for 16,000 steps, far longer than any signal takes
+LONG_STREAM = STREAM | {"max_tokens": 250, "n": 128}
 
 
 @pytest.fixture(scope="module")
@@ -79,11 +82,9 @@ def test_sigterm_lets_running_requests_finish_and_refuses_new_ones(start: Any) -
 
 def test_what_is_left_at_the_shutdown_limit_ends_with_an_error(start: Any) -> None:
     with start("--shutdown-timeout", "0.2") as server:
-        body = STREAM | {"max_tokens": 250}
-        with httpx.stream("POST", f"{server.url}/v1/completions", json=body, timeout=60) as response:
+        with httpx.stream("POST", f"{server.url}/v1/completions", json=LONG_STREAM, timeout=60) as response:
             received = events(response.iter_lines())
             next(received)
-            server.engine.suspend()  # so that the request cannot end by itself
             server.process.send_signal(signal.SIGTERM)
             rest = list(received)
         assert json.loads(rest[-2])["error"]["code"] == "draining"
@@ -106,9 +107,9 @@ def test_a_second_signal_ends_it_at_once(start: Any) -> None:
         deadline = time.monotonic() + 10
         while server.get("/load").json()["server_load"] == 0:
             assert time.monotonic() < deadline
-        for _ in range(2):
-            server.process.send_signal(signal.SIGINT)
-            time.sleep(0.1)  # two signals at the same instant are one
+        server.process.send_signal(signal.SIGINT)
+        server.wait_for_status("/health/ready", 503)  # two signals at the same instant would be one
+        server.process.send_signal(signal.SIGINT)
         assert server.process.wait(5) == 1
         assert not engine.is_running() or engine.status() == "zombie"
         thread.wait(10)
@@ -116,8 +117,7 @@ def test_a_second_signal_ends_it_at_once(start: Any) -> None:
 
 def test_a_dead_engine_turns_health_red_and_ends_open_streams(start: Any) -> None:
     with start() as server:
-        body = STREAM | {"max_tokens": 250}
-        with httpx.stream("POST", f"{server.url}/v1/completions", json=body, timeout=60) as response:
+        with httpx.stream("POST", f"{server.url}/v1/completions", json=LONG_STREAM, timeout=60) as response:
             received = events(response.iter_lines())
             next(received)
             server.engine.kill()
@@ -190,6 +190,18 @@ def test_health_is_503_while_the_model_loads(start: Any) -> None:
         assert server.get("/health/live").status_code == 200
         assert server.get("/v1/models").status_code == 503
         server.wait_for_status("/health", 200, 60)
+        lines = server.log.read_text().splitlines()
+        ours = [line for line in lines if re.fullmatch(r"[-\d]{10} [:,\d]{12} INFO jaxserve[.\w]*: .+", line)]
+        assert lines == ours
+        assert not [line for line in lines if "/health" in line and "jaxserve.access" in line]
+        assert any("GET /v1/models 503" in line for line in lines)
+
+
+def test_both_processes_honour_the_log_level(start: Any) -> None:
+    with start("--log-level", "warning") as server:
+        assert server.get("/v1/models").status_code == 200
+        assert server.log.read_text() == ""
+        assert {"--log-level", "warning"} <= set(server.engine.cmdline())
 
 
 @pytest.mark.parametrize(
