@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1] / "jaxserve"
 RANKS = [  # from the bottom up; modules of one rank do not import each other
-    "errors kernels kernels.metadata",
+    "errors kernels kernels.metadata token_bound",
     "config sampling_params kernels.reference kernels.blocked_attention",
     "messages kernels.paged_attention compilation demo_model models models.config",
     "sequence models.rope models.layers",
