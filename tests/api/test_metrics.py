@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import asyncio
+import json
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from prometheus_client.parser import text_string_to_metric_families
+from quart import Quart
 
 from jaxserve.api.app import create_app
 from jaxserve.api.generation import RequestTimings
 from jaxserve.api.metrics import Metrics
 from jaxserve.engine_client import EngineLoad
 from jaxserve.errors import QueueFullError
-from jaxserve.messages import EngineStats
+from jaxserve.messages import EngineStats, SequenceOutput
 from jaxserve.tokenizer import Tokenizer
 from tests.api.fake_engine import FakeEngineClient, fake_info, generate
 from tests.api.http_server import exchange, serving, until
-from tests.api.small_model import END, MODEL, make_context, make_tokenizer
+from tests.api.small_model import END, MODEL, generate_a_little, make_context, make_tokenizer
 
 SHARED_GAUGES = (
     "num_requests_running",
@@ -68,7 +72,7 @@ def timings(**changes: object) -> RequestTimings:
     fields: dict[str, object] = {
         "finish_reason": "stop",
         "n": 2,
-        "best_of": 2,
+        "best_of": 3,
         "max_tokens": 16,
         "prompt_tokens": 7,
         "cached_tokens": 4,
@@ -98,6 +102,43 @@ def test_every_shared_name_exists_from_the_start(prefix: str) -> None:
     (info,) = (name for name in found if name.startswith(f"{prefix}cache_config_info{{"))
     assert 'block_size="16"' in info
     assert 'num_gpu_blocks="65"' in info
+
+
+def test_there_are_these_metrics_of_these_types_with_these_labels_and_no_others() -> None:
+    """The contract's list, spelled out as Prometheus sees it."""
+    metrics = Metrics("m", info=fake_info)
+    metrics.observe_http("GET", "/health", 200, 0.1)
+    found = {}
+    for family in text_string_to_metric_families(metrics.render().decode()):
+        labels = {name for s in family.samples for name in s.labels if name != "le"}
+        found[family.name] = (family.type, labels)
+    m = {"model_name"}
+    shared = {
+        **dict.fromkeys(SHARED_GAUGES, ("gauge", m)),
+        **dict.fromkeys(SHARED_COUNTERS, ("counter", m)),
+        **dict.fromkeys(SHARED_HISTOGRAMS, ("histogram", m)),
+        "request_success": ("counter", m | {"finished_reason"}),
+        "admission_rejections": ("counter", m | {"reason"}),
+        "cache_config_info": ("gauge", m | {"block_size", "num_gpu_blocks", "cache_dtype"}),
+    }
+    own = {
+        **{name.removesuffix("_total"): ("counter", m) for name in OWN_COUNTERS},
+        **dict.fromkeys(OWN_HISTOGRAMS, ("histogram", m)),
+        "http_requests": ("counter", m | {"method", "route", "status"}),
+        "http_request_duration_seconds": ("histogram", m | {"method", "route"}),
+    }
+    expected = {f"{prefix}:{name}": kind for prefix in ("jaxserve", "vllm") for name, kind in shared.items()}
+    assert found == expected | {f"jaxserve:{name}": kind for name, kind in own.items()}
+
+
+def test_the_cache_is_described_once_the_engine_is_ready() -> None:
+    assert not [name for name in samples(Metrics("m")) if "cache_config_info" in name]
+
+
+def test_every_series_has_the_first_served_name() -> None:
+    names = samples(Metrics("m", info=fake_info))
+    assert names
+    assert all('model_name="m"' in name for name in names)
 
 
 def test_our_own_names_have_no_alias() -> None:
@@ -134,7 +175,7 @@ def test_a_request_is_one_observation_of_each(prefix: str) -> None:
         ("request_prompt_tokens", 7, 1),
         ("request_generation_tokens", 5, 1),
         ("request_params_n", 2, 1),
-        ("request_params_best_of", 2, 1),
+        ("request_params_best_of", 3, 1),
         ("request_params_max_tokens", 16, 1),
     ):
         assert (found[f"{prefix}{name}_sum{M}"], found[f"{prefix}{name}_count{M}"]) == (total, count), name
@@ -197,6 +238,107 @@ async def test_after_r_requests_of_g_tokens_the_counts_are_exact(tokenizer: Toke
     assert found[f"vllm:generation_tokens_total{m}"] == 3 * 4
     assert found[f"vllm:prompt_tokens_total{m}"] == 3 * 3
     assert found['vllm:request_success_total{finished_reason="stop",model_name=""}'] == 3
+
+
+async def test_candidates_count_as_generated_and_their_request_as_one(tokenizer: Tokenizer) -> None:
+    context = make_context(tokenizer, FakeEngineClient(script=generate_a_little))
+    body = {"model": MODEL, "prompt": ["abc", "de"], "n": 2, "best_of": 3}
+    response = await create_app(context).test_client().post("/v1/completions", json=body)
+    assert (await response.get_json())["usage"]["completion_tokens"] == 2 * 2 * 4
+    found = samples(context.metrics)
+    m = '{model_name=""}'
+    for name, value in (
+        ("time_to_first_token_seconds_count", 1),
+        ("e2e_request_latency_seconds_count", 1),
+        ("request_params_n_sum", 2),
+        ("request_params_best_of_sum", 3),
+        ("prompt_tokens_total", 3 + 2),
+        ("generation_tokens_total", 2 * 3 * 4),
+        ("inter_token_latency_seconds_count", 2 * 3 * (4 - 1)),
+    ):
+        assert found[f"vllm:{name}{m}"] == value, name
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_a_client_that_goes_away_is_one_aborted_request(tokenizer: Tokenizer, stream: bool) -> None:
+    engine = FakeEngineClient()
+    async with serving(make_context(tokenizer, engine, port=0)) as server:
+        body = json.dumps({"model": MODEL, "prompt": "abc", "stream": stream})
+        head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n"
+        _, writer = await asyncio.open_connection("127.0.0.1", server.port)
+        writer.write((head + body).encode())
+        await until(lambda: len(engine.submitted) == 1)
+        engine.emit(SequenceOutput(engine.submitted[0].request_id, 0, [104, 105]))
+        writer.close()
+        await until(lambda: server.context.num_open_requests == 0)
+        found = samples(server.context.metrics)
+        assert found['vllm:request_success_total{finished_reason="abort",model_name=""}'] == 1
+        assert sum(value for name, value in found.items() if "vllm:request_success" in name) == 1
+        assert found['vllm:e2e_request_latency_seconds_count{model_name=""}'] == 1
+        assert server.context.admission.num_requests == 0
+        assert not engine.live
+
+
+async def ask(app: Quart, method: str, path: str, host: str) -> None:
+    """One request as a server hands it on, whatever HTTP itself would say to it."""
+    scope = {
+        "type": "http",
+        "http_version": "1.1",
+        "method": method,
+        "scheme": "http",
+        "path": path,
+        "raw_path": path.encode(),
+        "query_string": b"",
+        "root_path": "",
+        "headers": [(b"host", host.encode())],
+        "client": ("127.0.0.1", 1),
+        "server": ("127.0.0.1", 2),
+        "extensions": {},
+    }
+    messages = iter([{"type": "http.request", "body": b"", "more_body": False}])
+
+    async def receive() -> dict[str, object]:
+        message = next(messages, None)
+        return message or await asyncio.get_running_loop().create_future()
+
+    async def send(message: dict[str, object]) -> None:
+        pass
+
+    await app(scope, receive, send)
+
+
+METHODS = st.sampled_from(["GET", "POST", "HEAD", "OPTIONS", "PUT", "TRACE", "CONNECT"]) | st.text(
+    max_size=20
+)
+WORDS = st.sampled_from(["v1", "models", "health", "metrics", "docs", "..", "%2e", "", "*"]) | st.text(
+    max_size=8
+)
+HOSTS = st.text(st.characters(min_codepoint=32, max_codepoint=126), max_size=10)  # HTTP lets no others pass
+HOSTILE = st.tuples(METHODS, st.lists(WORDS, max_size=5).map("/".join), HOSTS)
+
+
+@settings(max_examples=20, deadline=None)
+@given(requests=st.lists(HOSTILE, min_size=5, max_size=20))
+def test_no_label_is_taken_from_a_request(tokenizer: Tokenizer, requests: list[tuple[str, str, str]]) -> None:
+    context = make_context(tokenizer, FakeEngineClient())
+    app = create_app(context)
+
+    async def ask_all() -> None:
+        for method, path, host in requests:
+            await ask(app, method, f"/{path}", host)
+
+    asyncio.run(ask_all())
+    routes = {rule.rule for rule in app.url_map.iter_rules()} | {"unmatched"}
+    methods = {"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "other"}
+    counted = 0.0
+    for family in text_string_to_metric_families(context.metrics.render().decode()):
+        if family.name == "jaxserve:http_requests":
+            for sample in family.samples:
+                counted += sample.value
+                assert sample.labels["method"] in methods
+                assert sample.labels["route"] in routes
+                assert int(sample.labels["status"]) in (200, 400, 404, 405, 415)
+    assert counted == len(requests)
 
 
 async def test_http_labels_are_bounded_whatever_clients_send(tokenizer: Tokenizer) -> None:
