@@ -73,7 +73,7 @@ def make_parser() -> argparse.ArgumentParser:
     server.add_argument("--shutdown-timeout", type=_float, help="seconds to drain at SIGTERM")
     server.add_argument("--sse-keep-alive-interval", type=_float, help="seconds; 0: none")
     server.add_argument("--enable-log-requests", action="store_true")
-    server.add_argument("--disable-docs", action="store_true")
+    server.add_argument("--disable-docs", action="store_true", help="serve neither /openapi.json nor /docs")
     server.add_argument("--log-level", help="debug, info, warning or error")
     text = parser.add_argument_group("prompts and outputs")
     text.add_argument("--chat-template", help="a file, or the template's text")
