@@ -286,6 +286,17 @@ def tiny_cases(rng: random.Random, likely: list[int]) -> Iterator[tuple[list[int
                     "max_tokens": max_tokens,
                 },
             )
+    for length_penalty in (-0.5, -0.3, -0.1) * 8:  # here a longer hypothesis never scores better
+        yield (
+            prompt(),
+            beams()
+            | {
+                "best_of": rng.choice([2, 3]),
+                "length_penalty": length_penalty,
+                "early_stopping": "never",
+                "max_tokens": 60,
+            },
+        )
     more: dict[str, Any] = {
         "min_tokens": lambda: {"min_tokens": rng.randrange(1, 9), "max_tokens": rng.randrange(9, 16)},
         "repetition": lambda: {"repetition_penalty": rng.choice([0.8, 1.2, 1.5])},
@@ -312,13 +323,16 @@ def tiny_cases(rng: random.Random, likely: list[int]) -> Iterator[tuple[list[int
         merged = beams()
         for name in rng.sample(sorted(set(more) - {"ignore_eos", "stop ids"}), 3):
             merged |= more[name]()
+        if "bad_words_token_ids" in merged:
+            ends = [[t] for t in merged.get("stop_token_ids", ())]
+            merged["bad_words_token_ids"] = [w for w in merged["bad_words_token_ids"] if w not in ends]
         yield prompt(), merged
 
 
 def greedy_cases(rng: random.Random, likely: list[int]) -> Iterator[tuple[list[int], dict[str, Any]]]:
     """Greedy search through the processors: on logits, where beam search has them on log-probabilities."""
     beam_only = {"use_beam_search", "best_of", "length_penalty", "early_stopping"}
-    for prompt, params in list(tiny_cases(rng, likely))[120:]:
+    for prompt, params in list(tiny_cases(rng, likely))[144:]:
         yield prompt, {key: value for key, value in params.items() if key not in beam_only}
 
 

@@ -31,7 +31,7 @@ def llm(tmp_path_factory: pytest.TempPathFactory) -> LLM:
         str(write_beam_model(tmp_path_factory.mktemp("tiny") / "model")),
         dtype="float32",
         max_num_seqs=16,
-        max_num_batched_tokens=64,
+        max_num_batched_tokens=32,
         block_size=8,
         kv_cache_memory_bytes=4 << 20,
     )
@@ -70,9 +70,13 @@ def test_the_reference_covers_what_it_should() -> None:
     reasons = [tuple(end) for case in DECIDED for end in case["ends"]]
     assert min(reasons.count(("stop", None)), reasons.count(("length", None))) > 200
     assert {type(reason) for _, reason in reasons} == {type(None), int, str}
+    found = [[case["sequences"] for case in BEAMS[i : i + 3]] for i in range(0, 120, 3)]
+    assert sum(at_best != at_once for at_best, at_once, _ in found) > 5  # early_stopping False, True, "never"
+    assert sum(at_best != never for at_best, _, never in found) > 3
 
 
 def test_the_tiny_models_hypotheses_are_those_of_transformers_all_in_one_batch(llm: LLM) -> None:
+    num_compiled = llm.engine.stats().xla_compilations
     params = [params_of(case, logprobs=0) for case in DECIDED]
     results = llm.generate([case["prompt"] for case in DECIDED], params)
     wrong = []
@@ -82,7 +86,7 @@ def test_the_tiny_models_hypotheses_are_those_of_transformers_all_in_one_batch(l
         except AssertionError as error:
             wrong.append((case["params"], str(error)))
     assert not wrong, f"{len(wrong)} of {len(DECIDED)}, the first: {wrong[0]}"
-    assert llm.engine.stats().xla_compilations == 0
+    assert llm.engine.stats().xla_compilations == num_compiled
     assert llm.engine.block_manager.usage == 0.0
 
 
@@ -102,13 +106,13 @@ def test_the_n_best_of_a_search_alone(llm: LLM, case: Case, n: int) -> None:
         {"max_num_batched_tokens": 3},
         {"max_num_seqs": 8},
         {"enable_prefix_caching": False},
-        {"num_blocks": 40},  # of 8 tokens: the widest search fits, but not two of them
+        {"num_blocks": 48},  # of 8 tokens: the widest search fits, but not two of them
     ],
     ids=str,
 )
 def test_small_budgets_and_preemption_change_nothing(llm: LLM, limits: dict[str, Any]) -> None:
     cases = [case for case in DECIDED if "stop" not in case["params"]][::6]
-    engine = Engine(llm.engine.model_runner, replace(llm.engine.limits, max_model_len=64, **limits))
+    engine = Engine(llm.engine.model_runner, replace(llm.engine.limits, max_model_len=96, **limits))
     for i, case in enumerate(cases):
         engine.add_request(request_of(case, str(i)))
     results = run_all(engine)
