@@ -37,16 +37,16 @@ class Values(dict[str, Any]):
     """A converted JSON object: every field of its table, defaults filled in.
 
     Attributes:
-        given: names that the body holds with a value other than null.
+        given: names that the body holds with a value other than null, in the table's order.
     """
 
-    def __init__(self, values: Mapping[str, Any], given: frozenset[str]) -> None:
+    def __init__(self, values: Mapping[str, Any], given: tuple[str, ...] = ()) -> None:
         super().__init__(values)
         self.given = given
 
     def as_sent(self) -> dict[str, Any]:
         """Only what the client gave, nested objects likewise."""
-        return {name: _as_sent(self[name]) for name in self if name in self.given}
+        return {name: _as_sent(self[name]) for name in self.given}
 
 
 def _as_sent(value: object) -> Any:
@@ -604,10 +604,16 @@ class Table(Kind):
     fields: tuple[Field, ...]
     texts: Mapping[str, str] = field(default_factory=dict, repr=False, compare=False)
     by_name: Mapping[str, Field] = field(init=False, repr=False, compare=False)
+    _places: Mapping[str, int] = field(init=False, repr=False, compare=False)
+    _defaults: Mapping[str, Any] = field(init=False, repr=False, compare=False)
+    _required: frozenset[str] = field(init=False, repr=False, compare=False)
     expected = "an object"
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "by_name", {entry.name: entry for entry in self.fields})
+        object.__setattr__(self, "_places", {entry.name: i for i, entry in enumerate(self.fields)})
+        object.__setattr__(self, "_defaults", {entry.name: entry.default for entry in self.fields})
+        object.__setattr__(self, "_required", frozenset(e.name for e in self.fields if e.required))
 
     def convert(self, value: Any, at: str, unknown: UnknownFields) -> Values:
         if not isinstance(value, dict):
@@ -615,28 +621,32 @@ class Table(Kind):
         for name in value:
             if name not in self.by_name:
                 unknown.handle(name, at, self.by_name)
-        values: dict[str, Any] = {}
+        values = Values(self._defaults)
         given = []
-        for entry in self.fields:
+        for entry in self._in_order(self._required.union(value)):
             sent = value.get(entry.name)
             if sent is not None:
                 values[entry.name] = entry.kind.convert(sent, join(at, entry.name), unknown)
                 given.append(entry.name)
             elif entry.required:
                 raise missing(join(at, entry.name))
-            elif entry.null is not SAME and entry.name in value:
+            elif entry.null is not SAME:
                 values[entry.name] = entry.null
-            else:
-                values[entry.name] = entry.default
-        return Values(values, frozenset(given))
+        values.given = tuple(given)
+        return values
+
+    def _in_order(self, names: Iterable[str]) -> list[Field]:
+        """The fields of these names in the table's order, which decides what fault is reported first."""
+        places = self._places
+        return [self.fields[place] for place in sorted([places[name] for name in names if name in places])]
 
     def check(self, value: Values, at: str) -> None:
-        for entry in self.fields:
-            if entry.name in value.given:
-                path = join(at, entry.name)
-                entry.kind.check(value[entry.name], path)
-                if entry.refusal is not None:
-                    entry.refusal.check(value[entry.name], path)
+        for name in value.given:
+            entry = self.by_name[name]
+            path = join(at, entry.name)
+            entry.kind.check(value[entry.name], path)
+            if entry.refusal is not None:
+                entry.refusal.check(value[entry.name], path)
 
     def json_schema(self) -> JsonSchema:
         """Without the fields that are known but not served."""
@@ -668,9 +678,7 @@ class Tagged(Kind):
         if not isinstance(tag, str):
             raise wrong_type(join(at, "type"), "a string", tag)
         table = self.tables.get(tag)
-        return (
-            Values({"type": tag}, frozenset({"type"})) if table is None else table.convert(value, at, unknown)
-        )
+        return Values({"type": tag}, ("type",)) if table is None else table.convert(value, at, unknown)
 
     def check(self, value: Values, at: str) -> None:
         table = self.tables.get(value["type"])

@@ -273,7 +273,10 @@ class PromptKind(Kind):
         if not value or all(isinstance(member, str) for member in value):
             return list(value)
         if all(isinstance(member, list) for member in value):
-            return [to_integers(ids, f"{at}[{i}]") for i, ids in enumerate(value)]
+            return [
+                ids if set(map(type, ids)) <= {int} else to_integers(ids, f"{at}[{i}]")
+                for i, ids in enumerate(value)
+            ]
         if as_integer(value[0]) is not None:
             return [to_integers(value, at)]
         kinds = sorted({json_type(member) for member in value[:MAX_PROMPTS]})
@@ -482,7 +485,7 @@ RESPONSE_FORMAT = Tagged(
         ),
     }
 )
-FREE_TEXT = Values({"type": "text"}, frozenset({"type"}))
+FREE_TEXT = Values({"type": "text"}, ("type",))
 SCHEMA_OR_TEXT = ByType({dict: FreeObject(), str: String()})
 CHOICES = Strings(min_items=1, member=String(min_length=1), distinct=True)
 STRUCTURED_OUTPUTS = Table(
