@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import ast
+import base64
 import html.parser
 import json
 import math
 from collections.abc import Iterator
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +22,7 @@ from quart import Quart
 import jaxserve
 from jaxserve.api.fields import Table, UnknownFields
 from jaxserve.api.openapi import DocumentConfig, openapi_document
+from jaxserve.api.openapi_responses import ERRORS
 from jaxserve.api.protocol import (
     TOKENIZE_TEXT,
     ProtocolConfig,
@@ -27,6 +31,7 @@ from jaxserve.api.protocol import (
     detokenize_table,
     tokenize_messages_table,
 )
+from jaxserve.engine_client import EngineLoad
 from jaxserve.errors import EngineDeadError, RequestError
 from jaxserve.tokenizer import Tokenizer
 from tests.api.fake_engine import FakeEngineClient, fake_info
@@ -210,7 +215,10 @@ async def test_the_page_shows_everything_and_fetches_nothing(app: Quart) -> None
     for schema in document["components"]["schemas"].values():
         for name in schema.get("properties", ()):
             assert f"<code>{name}</code>" in text
-    assert response.headers["Content-Security-Policy"].startswith("default-src 'none'; style-src 'sha256-")
+    style = text.partition("<style>")[2].partition("</style>")[0]
+    digest = base64.b64encode(sha256(style.encode()).digest()).decode()
+    policy = f"default-src 'none'; style-src 'sha256-{digest}'"
+    assert response.headers["Content-Security-Policy"] == policy
 
 
 async def test_the_page_escapes_what_comes_from_the_command_line(
@@ -506,6 +514,40 @@ async def test_errors_are_as_described(app: Quart, engine: FakeEngineClient) -> 
                 body = {} if "requestBody" in operation else None
                 status, _ = await check_response(app, document, asked, body, template=path, method=method)
                 assert status == 503
+
+
+async def test_errors_of_http_itself_are_as_described(tokenizer: Tokenizer, engine: FakeEngineClient) -> None:
+    app = make_app(tokenizer, engine, api_keys=("k",), max_body_bytes=100, max_num_queued_reqs=1)
+    document = await get_document(app, Authorization="Bearer k")
+    key, json_type = {"Authorization": "Bearer k"}, {"Content-Type": "application/json"}
+    body = json.dumps({"model": MODEL, "prompt": "a"}).encode()
+    engine.fixed_load = EngineLoad(num_waiting_requests=9, num_sequences=99)
+    for status, headers, data in (
+        (401, json_type, body),
+        (413, key | json_type, b" " * 101),
+        (415, key | {"Content-Type": "text/plain"}, body),
+        (429, key | json_type, body),
+        (431, key | json_type | {"X-Long": "x" * (16 << 10)}, body),
+    ):
+        response = await app.test_client().post(COMPLETION, data=data, headers=headers)
+        assert response.status_code == status
+        described = document["components"]["responses"][f"Error{status}"]
+        assert all(name in response.headers for name in described["headers"])
+        Draft202012Validator(described["content"]["application/json"]["schema"]).validate(
+            await response.get_json()
+        )
+
+
+def test_every_error_code_of_the_source_is_described() -> None:
+    known = {code for kind in ERRORS.values() for code in kind.codes} | {"method_not_allowed"}
+    root = Path(jaxserve.__file__).parent
+    used = set()
+    for path in (*root.glob("*.py"), *(root / "api").glob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+            if isinstance(node, ast.keyword) and node.arg == "code" and isinstance(node.value, ast.Constant):
+                used.add(node.value.value)
+    assert len(used) > 12
+    assert used <= known
 
 
 def test_the_document_of_a_configuration_is_made_once() -> None:
