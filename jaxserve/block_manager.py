@@ -84,7 +84,7 @@ class BlockManager:
         Returns:
             The number of tokens found; also added to `sequence.num_computed_tokens`.
         """
-        if not self._caching:
+        if not self._caching or sequence.rates_prompt:  # what is not computed cannot be rated
             return 0
         num_tokens = len(sequence) - 1
         for i in range(num_tokens // self.block_size):

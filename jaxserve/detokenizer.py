@@ -8,6 +8,7 @@ complete, and no character that may still become part of a stop string.
 from __future__ import annotations
 
 import codecs
+import copy
 from collections import deque
 from collections.abc import Sequence
 from functools import lru_cache
@@ -87,6 +88,13 @@ class Detokenizer:
             text += self._stops.release()
         self._stopped = True
         return TextDelta(text, stopped)
+
+    def fork(self) -> Detokenizer:
+        """Another detokenizer that has seen the same tokens."""
+        other = copy.copy(self)
+        other._decoder = self._decoder.fork()
+        other._stops = copy.copy(self._stops)
+        return other
 
     def _search(self, text: str) -> tuple[str, str | None]:
         if self._stops is None or not text:
@@ -228,6 +236,8 @@ class _Decoder(Protocol):
 
     def finish(self) -> str: ...
 
+    def fork(self) -> _Decoder: ...
+
 
 def _make_decoder(tokenizer: Tokenizer, skip_special_tokens: bool, spaces: bool) -> _Decoder:
     match tokenizer.decoding:
@@ -258,6 +268,12 @@ class _ByteDecoder:
 
     def finish(self) -> str:
         return self._utf8.decode(b"", final=True)
+
+    def fork(self) -> _ByteDecoder:
+        other = copy.copy(self)
+        other._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+        other._utf8.setstate(self._utf8.getstate())
+        return other
 
 
 class _PieceDecoder:
@@ -307,6 +323,11 @@ class _PieceDecoder:
         run, self._run = self._run, []
         return self._take(run)
 
+    def fork(self) -> _PieceDecoder:
+        other = copy.copy(self)
+        other._run = list(self._run)
+        return other
+
     def _take(self, ids: list[int]) -> str:
         text = self._text(ids)
         self._started = True
@@ -345,6 +366,11 @@ class _WholeDecoder:
 
     def finish(self) -> str:
         return self._send(self._text)
+
+    def fork(self) -> _WholeDecoder:
+        other = copy.copy(self)
+        other._ids = list(self._ids)
+        return other
 
     def _send(self, text: str) -> str:
         if not text.startswith(self._sent):

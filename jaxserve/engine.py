@@ -2,18 +2,31 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 import time
 from collections.abc import Callable
 
+from jaxserve.beam_search import BeamSearch
 from jaxserve.block_manager import BlockManager
 from jaxserve.config import EngineConfig, SchedulerConfig
+from jaxserve.detokenizer import Detokenizer
 from jaxserve.errors import RequestError
-from jaxserve.messages import AbortRequest, AddRequest, EngineInfo, EngineStats, SequenceOutput, StepOutputs
-from jaxserve.model_runner import ModelRunner, StepResult
-from jaxserve.sampling_params import INT64_MAX
+from jaxserve.messages import (
+    AbortRequest,
+    AddRequest,
+    EngineInfo,
+    EngineStats,
+    SequenceOutput,
+    StepOutputs,
+    TopLogprobs,
+)
+from jaxserve.model_runner import NO_TOKEN, ModelRunner, StepResult
+from jaxserve.sampling_params import INT64_MAX, SamplingParams
 from jaxserve.scheduler import ScheduledRow, Scheduler, StepPlan
 from jaxserve.sequence import Sequence
+from jaxserve.slot_tables import MAX_EOS_TOKEN_IDS
+from jaxserve.tokenizer import Tokenizer
 
 
 class Engine:
@@ -22,28 +35,42 @@ class Engine:
     Args:
         limits: what to schedule under; the model runner's own if None.
         seed: seeds requests that bring no seed.
+        tokenizer: finds stop strings in beams, which nobody else can; without it they are refused.
     """
 
     def __init__(
-        self, model_runner: ModelRunner, limits: SchedulerConfig | None = None, *, seed: int = 0
+        self,
+        model_runner: ModelRunner,
+        limits: SchedulerConfig | None = None,
+        *,
+        seed: int = 0,
+        tokenizer: Tokenizer | None = None,
     ) -> None:
         self.model_runner = model_runner
+        self.tokenizer = tokenizer
         self.limits = limits or model_runner.limits
         self.block_manager = BlockManager(self.limits)
         self.scheduler = Scheduler(self.limits, self.block_manager)
         self._requests: dict[str, list[Sequence]] = {}
+        self._beam_searches: dict[str, BeamSearch] = {}
+        self._order = itertools.count()
         self._seeds = random.Random(seed)
         self._last_step_s = 0.0
         self._last_num_tokens = 0
 
     @classmethod
-    def load(cls, config: EngineConfig, report: Callable[[str], None] = lambda _: None) -> Engine:
+    def load(
+        cls,
+        config: EngineConfig,
+        report: Callable[[str], None] = lambda _: None,
+        tokenizer: Tokenizer | None = None,
+    ) -> Engine:
         """Load the model and compile everything; `report` takes lines for the start-up log.
 
         Raises:
             ConfigError, ModelLoadError: the model or a flag is wrong.
         """
-        return cls(ModelRunner(config, report), seed=config.seed)
+        return cls(ModelRunner(config, report), seed=config.seed, tokenizer=tokenizer)
 
     @property
     def has_work(self) -> bool:
@@ -57,28 +84,32 @@ class Engine:
         """
         self._check(request)
         seed = self._seeds.randint(0, INT64_MAX) if request.params.seed is None else request.params.seed
+        params, order = request.params, next(self._order)
         sequences = [
             Sequence(
                 request.request_id,
                 index,
                 request.prompt_token_ids,
-                request.params,
+                params,
                 seed=seed,
                 max_model_len=self.limits.max_model_len,
                 eos_token_ids=request.eos_token_ids,
                 cache_salt=request.cache_salt,
+                order=order,
             )
-            for index in range(request.params.n)
+            for index in range(1 if params.use_beam_search else params.num_sequences)
         ]
         sequences[0].siblings = sequences[1:]
         self._requests[request.request_id] = sequences
+        if params.use_beam_search:
+            self._beam_searches[request.request_id] = BeamSearch(sequences[0], self._stop_finder(params))
         self.scheduler.add(sequences[0])
 
     def abort_request(self, request: AbortRequest) -> None:
         """End sequences without an answer; their blocks are free at once. Unknown ones are none of our business:
         they have ended in the meantime."""
         for sequence in list(self._requests.get(request.request_id, [])):
-            if request.indices is None or sequence.index in request.indices:
+            if request.indices is None or sequence.index in request.indices:  # all beams have index 0
                 self._abort(sequence)
 
     def step(self) -> StepOutputs:
@@ -129,31 +160,142 @@ class Engine:
             )
             for s in plan.first_scheduled
         ]
+        rated = self._rate_prompts(plan, result)
         for index, row in enumerate(plan.rows):
+            sequence = row.sequence
             self.scheduler.mark_computed(row)
-            if row.sequence in sampled:
-                outputs.append(self._advance(row, index, result))
+            if sequence in rated:
+                outputs.append(
+                    SequenceOutput(sequence.request_id, sequence.index, [], prompt_logprobs=rated[sequence])
+                )
+            if sequence not in sampled:
+                outputs += self._finish_prompt(sequence)
+            elif sequence.params.use_beam_search:
+                outputs += self._advance_beam(sequence, index, result)
+            else:
+                outputs.append(self._advance(sequence, index, result))
         return outputs
 
-    def _advance(self, row: ScheduledRow, index: int, result: StepResult) -> SequenceOutput:
+    def _rate_prompts(self, plan: StepPlan, result: StepResult) -> dict[Sequence, list[TopLogprobs]]:
+        """Prompt logprobs that the step brought, in the order in which `pack_step` asked for them."""
+        rated: dict[Sequence, list[TopLogprobs]] = {}
+        offset = 0
+        for row in plan.rows:
+            first, end = row.prompt_logprob_range
+            count = row.sequence.params.prompt_logprobs
+            if first < end and count is not None:
+                rated[row.sequence] = [result.prompt_logprobs(offset + i, count) for i in range(end - first)]
+                offset += end - first
+                row.sequence.num_rated_tokens = end + 1
+        return rated
+
+    def _finish_prompt(self, sequence: Sequence) -> list[SequenceOutput]:
+        """A request for nothing but its prompt's logprobs ends with the prompt."""
+        if sequence.params.max_tokens > 0 or sequence.num_uncomputed_tokens > 0:
+            return []
+        sequence.finish("length")
+        return [self._end(sequence)]
+
+    def _advance(self, sequence: Sequence, index: int, result: StepResult) -> SequenceOutput:
         """Append the sampled token; a sequence that it ends leaves at once."""
-        sequence = row.sequence
         token_id = result.token_id(index)
+        if token_id == NO_TOKEN:
+            sequence.finish("error")
+            return self._end(sequence, error="no token is possible under the request's own masks")
         sequence.append_token(token_id)
-        wanted = sequence.params.logprobs
-        logprobs = None if wanted is None else [result.logprobs(index, wanted)]
+        params = sequence.params
+        logprobs = [result.logprobs(index, params.logprobs or 0)] if params.reports_logprobs else None
         if sequence.finish_reason is not None:
-            self.scheduler.finish(sequence)
-            self._forget(sequence)
+            return self._end(sequence, [token_id], logprobs)
         return SequenceOutput(
             sequence.request_id,
             sequence.index,
             [token_id],
+            logprobs=logprobs,
+            num_cached_tokens=sequence.num_cached_tokens,
+        )
+
+    def _end(
+        self,
+        sequence: Sequence,
+        token_ids: list[int] | None = None,
+        logprobs: list[TopLogprobs] | None = None,
+        error: str | None = None,
+    ) -> SequenceOutput:
+        """Take a finished sequence out and say so."""
+        self.scheduler.finish(sequence)
+        self._forget(sequence)
+        return SequenceOutput(
+            sequence.request_id,
+            sequence.index,
+            token_ids or [],
             finish_reason=sequence.finish_reason,
             stop_reason=sequence.stop_reason,
             logprobs=logprobs,
             num_cached_tokens=sequence.num_cached_tokens,
+            error=error,
         )
+
+    # --- beams ----------------------------------------------------------------------------------------------
+
+    def _stop_finder(self, params: SamplingParams) -> Detokenizer | None:
+        if not params.stop or self.tokenizer is None:
+            return None
+        return Detokenizer(
+            self.tokenizer,
+            skip_special_tokens=params.skip_special_tokens,
+            spaces_between_special_tokens=params.spaces_between_special_tokens,
+            stop=params.stop,
+            min_tokens=params.min_tokens,
+        )
+
+    def _advance_beam(self, sequence: Sequence, index: int, result: StepResult) -> list[SequenceOutput]:
+        """Take the beam's candidates. When those of all beams of its request are there, the survivors go on, each in a
+        sequence of its own: the parent's own for one of them, a fork for each other."""
+        search = self._beam_searches[sequence.request_id]
+        self.scheduler.park(sequence)
+        if not search.offer(sequence, result.candidates(index, sequence.params)):
+            return []
+        survivors = search.advance()
+        if not survivors:
+            return self._end_beam_search(sequence.request_id, search)
+        heirs = {survivor.parent: survivor for survivor in reversed(survivors)}  # the best one takes over
+        sequences = [
+            s.parent.sequence if heirs[s.parent] is s else self.scheduler.fork(s.parent.sequence)
+            for s in survivors
+        ]
+        for beam in search.beams:
+            if beam not in heirs:
+                self.scheduler.finish(beam.sequence)
+        search.beams = [search.take(s, own) for s, own in zip(survivors, sequences, strict=True)]
+        self._requests[sequence.request_id] = list(sequences)
+        self.scheduler.resume(sequences)
+        return []
+
+    def _end_beam_search(self, request_id: str, search: BeamSearch) -> list[SequenceOutput]:
+        """Give the results whole. If fewer than n sequences are possible at all, the last one stands for the rest."""
+        sequences = self._requests[request_id]
+        num_cached_tokens, n = sequences[0].num_cached_tokens, sequences[0].params.n
+        for sequence in list(sequences):
+            sequence.finish("stop")
+            self.scheduler.finish(sequence)
+            self._forget(sequence)
+        if not search.results:
+            error = "no token is possible under the request's own masks"
+            return [SequenceOutput(request_id, i, [], finish_reason="error", error=error) for i in range(n)]
+        results = search.results + search.results[-1:] * (n - len(search.results))
+        return [
+            SequenceOutput(
+                request_id,
+                index,
+                hypothesis.token_ids,
+                finish_reason=hypothesis.finish_reason,
+                stop_reason=hypothesis.stop_reason,
+                logprobs=hypothesis.logprobs,
+                num_cached_tokens=num_cached_tokens,
+            )
+            for index, hypothesis in enumerate(results)
+        ]
 
     def _abort(self, sequence: Sequence) -> None:
         leader = self._requests[sequence.request_id][0]
@@ -168,6 +310,7 @@ class Engine:
         live.remove(sequence)
         if not live:
             del self._requests[sequence.request_id]
+            self._beam_searches.pop(sequence.request_id, None)
 
     def _check(self, request: AddRequest) -> None:
         """The front checks all of this before; a request that slips through must not harm others."""
@@ -179,7 +322,7 @@ class Engine:
             )
         if not prompt:
             raise RequestError("The prompt cannot be empty.", param="prompt")
-        if len(prompt) >= self.limits.max_model_len:
+        if len(prompt) + min(request.params.max_tokens, 1) > self.limits.max_model_len:
             raise RequestError(
                 f"The prompt has {len(prompt)} tokens, the model takes {self.limits.max_model_len} with the output.",
                 param="prompt",
@@ -187,6 +330,16 @@ class Engine:
             )
         if min(prompt) < 0 or max(prompt) >= vocab_size:
             raise RequestError(f"Token ids must be in [0, {vocab_size}).", param="prompt")
-        if (request.params.logprobs or 0) > self.model_runner.config.max_logprobs:
-            limit = self.model_runner.config.max_logprobs
-            raise RequestError(f"logprobs must be at most {limit}.", param="logprobs")
+        params, limit = request.params, self.model_runner.config.max_logprobs
+        for name in ("logprobs", "prompt_logprobs"):
+            if (getattr(params, name) or 0) > limit:
+                raise RequestError(f"{name} must be at most {limit}.", param=name)
+        words = params.bad_words_token_ids
+        named = [i for i, _ in params.logit_bias] + [i for word in words for i in word]
+        named += [*(params.allowed_token_ids or ()), *params.stop_token_ids]
+        if named and not 0 <= min(named) <= max(named) < vocab_size:
+            raise RequestError(f"Token ids must be in [0, {vocab_size}).", param="logit_bias")
+        if params.use_beam_search and params.stop and self.tokenizer is None:
+            raise RequestError("Stop strings of beam search need a tokenizer in the engine.", param="stop")
+        if len(request.eos_token_ids) > MAX_EOS_TOKEN_IDS:
+            raise RequestError(f"At most {MAX_EOS_TOKEN_IDS} end-of-sequence ids are possible.")

@@ -17,12 +17,13 @@ import signal
 import socket
 import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import msgspec
 
 from jaxserve.config import EngineConfig
-from jaxserve.errors import ConfigError, ModelLoadError, RequestError
+from jaxserve.errors import ConfigError, JaxserveError, ModelLoadError, RequestError
 from jaxserve.messages import (
     FRAME_HEADER,
     MAX_FRAME_BYTES,
@@ -37,6 +38,8 @@ from jaxserve.messages import (
     ToEngine,
     encode_frame,
 )
+from jaxserve.models.loader.hub import resolve_model
+from jaxserve.tokenizer import Tokenizer, load_tokenizer
 
 logger = logging.getLogger("jaxserve.engine")
 PR_SET_PDEATHSIG = 1  # <sys/prctl.h>
@@ -114,7 +117,10 @@ def serve(connection: Connection, config: EngineConfig) -> None:
         connection.send(StartupPhase(text=text))
 
     gc.disable()  # tracing makes millions of objects that live as long as the programs
-    engine = Engine.load(config, report)
+    with ThreadPoolExecutor(1) as pool:
+        loading = pool.submit(_load_tokenizer, config)
+        engine = Engine.load(config, report)
+        engine.tokenizer = loading.result()
     gc.enable()
     gc.freeze()
     connection.send(engine.info())
@@ -134,6 +140,14 @@ def serve(connection: Connection, config: EngineConfig) -> None:
                 case Shutdown():
                     return
         connection.send(engine.step())
+
+
+def _load_tokenizer(config: EngineConfig) -> Tokenizer | None:
+    """For stop strings in beams. What is wrong with it, the API process says: it needs it for everything."""
+    try:
+        return load_tokenizer(resolve_model(config.tokenizer or config.model))
+    except JaxserveError:
+        return None
 
 
 def _refusal(request: AddRequest, error: RequestError, stats: Any) -> StepOutputs:

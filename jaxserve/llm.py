@@ -11,7 +11,7 @@ from jaxserve.chat_template import load_chat_template, normalize_messages
 from jaxserve.config import EngineConfig
 from jaxserve.detokenizer import Detokenizer
 from jaxserve.engine import Engine
-from jaxserve.errors import ContextLengthError, ModelLoadError
+from jaxserve.errors import ContextLengthError, ModelLoadError, RequestFailedError
 from jaxserve.generation_config import load_generation_defaults
 from jaxserve.messages import AbortRequest, AddRequest, FinishReason, SequenceOutput, TopLogprobs
 from jaxserve.models.loader import resolve_model
@@ -35,12 +35,18 @@ class CompletionOutput:
 
 @dataclass
 class RequestOutput:
-    """All sequences of one prompt, by index. `prompt` is None where ids were given."""
+    """The n sequences of one prompt: by index, or best first where they were chosen among more.
+
+    Attributes:
+        prompt: None where ids were given.
+        prompt_logprobs: of its tokens from the second on, if they were asked for.
+    """
 
     prompt: str | None
     prompt_token_ids: list[int]
     outputs: list[CompletionOutput]
     num_cached_tokens: int = 0
+    prompt_logprobs: list[TopLogprobs] = field(default_factory=list)
 
 
 class LLM:
@@ -65,7 +71,7 @@ class LLM:
             self._tokenizer = load_tokenizer(resolve_model(source) if source else path)
             defaults = load_generation_defaults(path, "none", {}, self._tokenizer)
             self._eos_token_ids = defaults.eos_token_ids
-        self._engine = Engine.load(EngineConfig(model=str(path), **options))
+        self._engine = Engine.load(EngineConfig(model=str(path), **options), tokenizer=self._tokenizer)
         self._request_ids = itertools.count()
 
     @property
@@ -92,6 +98,7 @@ class LLM:
 
         Raises:
             RequestError: a prompt or parameter is refused; nothing has been generated then.
+            RequestFailedError: masks leave a sequence no token.
         """
         batch = _as_prompts(prompts)
         each = [params or SamplingParams()] * len(batch) if not isinstance(params, Sequence) else list(params)
@@ -104,12 +111,16 @@ class LLM:
         requests = [r.request(self._eos_token_ids) for r in running.values()]
         for request in requests:
             self._check_length(request)
-        for request in requests:
-            self._engine.add_request(request)
-        while self._engine.has_work:
-            for output in self._engine.step().outputs:
-                running[output.request_id].take(output)
-        return [r.result for r in running.values()]
+        try:
+            for request in requests:
+                self._engine.add_request(request)
+            while self._engine.has_work:
+                for output in self._engine.step().outputs:
+                    running[output.request_id].take(output)
+        finally:  # after an error, too, the engine is empty again
+            for request_id in running:
+                self._engine.abort_request(AbortRequest(request_id=request_id))
+        return [r.end() for r in running.values()]
 
     def chat(
         self,
@@ -154,7 +165,8 @@ class _Running:
         ids = (
             llm.tokenizer.encode(prompt, add_special_tokens=True) if isinstance(prompt, str) else list(prompt)
         )
-        self.result = RequestOutput(text, ids, [CompletionOutput(i) for i in range(params.n)])
+        num_outputs = params.n if params.use_beam_search else params.num_sequences
+        self.result = RequestOutput(text, ids, [CompletionOutput(i) for i in range(num_outputs)])
         tokenizer = llm._tokenizer
         self._detokenizers = (
             None
@@ -166,8 +178,9 @@ class _Running:
                     spaces_between_special_tokens=params.spaces_between_special_tokens,
                     stop=params.stop,
                     include_stop_str_in_output=params.include_stop_str_in_output,
+                    min_tokens=params.min_tokens,
                 )
-                for _ in range(params.n)
+                for _ in range(num_outputs)
             ]
         )
 
@@ -179,9 +192,25 @@ class _Running:
             eos_token_ids=eos_token_ids,
         )
 
+    def end(self) -> RequestOutput:
+        """The result, once all sequences have ended: of more candidates than n, those that are likeliest."""
+        outputs, n = self.result.outputs, self._params.n
+        if len(outputs) > n:
+            best = sorted(outputs, key=lambda output: -sum(top.logprob for top in output.logprobs))[:n]
+            self.result.outputs = best
+            for index, output in enumerate(best):
+                output.index = index
+                output.logprobs = output.logprobs if self._params.logprobs is not None else []
+        return self.result
+
     def take(self, step: SequenceOutput) -> None:
         """Add what one step gave; a stop string ends the sequence in the engine, too."""
         output = self.result.outputs[step.index]
+        if step.finish_reason == "error":
+            raise RequestFailedError(step.error or "the engine ended the request")
+        self.result.prompt_logprobs += step.prompt_logprobs or []
+        if output.finish_reason is not None:
+            return
         self.result.num_cached_tokens = max(self.result.num_cached_tokens, step.num_cached_tokens)
         output.token_ids += step.token_ids
         output.logprobs += step.logprobs or []
@@ -189,7 +218,8 @@ class _Running:
         if self._detokenizers is None:
             return
         detokenizer = self._detokenizers[step.index]
-        silent = step.finish_reason == "stop" and not self._params.include_stop_str_in_output
+        ended_by_token = step.finish_reason == "stop" and not isinstance(step.stop_reason, str)
+        silent = ended_by_token and not self._params.include_stop_str_in_output
         delta = detokenizer.push(step.token_ids[:-1] if silent else step.token_ids)
         output.text += delta.text
         stopped = delta.stopped

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import cached_property
 from typing import NamedTuple
 
 import jax
@@ -12,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import numpy.typing as npt
 
+from jaxserve.beam_search import Candidates
 from jaxserve.compilation import CompilationCounter, enable_compilation_cache
 from jaxserve.config import EngineConfig, SchedulerConfig
 from jaxserve.errors import ConfigError
@@ -21,10 +23,12 @@ from jaxserve.messages import TopLogprobs
 from jaxserve.models.config import ModelConfig
 from jaxserve.models.llama import Llama, checkpoint_slots
 from jaxserve.models.loader import Checkpoint, load_params, open_checkpoint, resolve_model
+from jaxserve.sampler import NO_TOKEN as NO_TOKEN
 from jaxserve.sampling_params import SamplingParams
 from jaxserve.scheduler import ScheduledRow, StepPlan
 from jaxserve.sequence import Sequence
-from jaxserve.step import ModelDefinition, make_all_logits, make_step
+from jaxserve.slot_tables import SlotTableManager
+from jaxserve.step import ModelDefinition, Pools, StepOutputs, make_all_logits, make_step
 from jaxserve.step_inputs import StepShape, pack_step
 
 MAX_PROGRAMS = 8
@@ -51,23 +55,48 @@ ACCELERATOR_DEFAULTS = PlatformDefaults(256, 2048, 32, (16,))
 
 
 class StepResult:
-    """What a step sampled, on the host: row r belongs to `plan.rows[r]`."""
+    """What a step computed, on the host: row r belongs to `plan.rows[r]`. What few ask for is fetched when it is."""
 
-    def __init__(self, packed: npt.NDArray[np.int32], max_logprobs: int) -> None:
-        self._packed = packed
-        self._max_logprobs = max_logprobs
+    def __init__(self, outputs: StepOutputs, config: EngineConfig) -> None:
+        self._sampled = np.asarray(outputs.sampled)
+        self._outputs = outputs
+        self._max_logprobs = config.max_logprobs
+        self._processed = config.logprobs_mode == "processed"
+
+    @cached_property
+    def _candidates(self) -> npt.NDArray[np.int32]:
+        return np.asarray(self._outputs.candidates)
+
+    @cached_property
+    def _prompt(self) -> npt.NDArray[np.int32]:
+        return np.asarray(self._outputs.prompt)
 
     def token_id(self, row: int) -> int:
-        return int(self._packed[row, 0])
+        """NO_TOKEN if the row's masks leave none."""
+        return int(self._sampled[row, 0])
 
     def logprobs(self, row: int, count: int) -> TopLogprobs:
         """The sampled token's log-probability and rank, and the `count` most likely tokens."""
-        fields, L = self._packed[row], self._max_logprobs
+        return self._top_logprobs(self._sampled[row, 1:], count)
+
+    def prompt_logprobs(self, index: int, count: int) -> TopLogprobs:
+        """Of the step's `index`-th token of a prompt that is rated."""
+        return self._top_logprobs(self._prompt[index], count)
+
+    def candidates(self, row: int, params: SamplingParams) -> Candidates:
+        """How the row's beam can go on."""
+        ids, scores, logprobs = np.split(self._candidates[row], 3)
+        scores, logprobs = scores.view(np.float32), logprobs.view(np.float32)
+        top = None if params.logprobs is None else self.logprobs(row, params.logprobs)
+        return Candidates(ids, scores, scores if self._processed else logprobs, top)
+
+    def _top_logprobs(self, fields: npt.NDArray[np.int32], count: int) -> TopLogprobs:
+        L = self._max_logprobs
         return TopLogprobs(
-            logprob=float(fields[1:2].view(np.float32)[0]),
-            rank=int(fields[2]),
-            top_ids=fields[3 : 3 + count].tolist(),
-            top_logprobs=fields[3 + L : 3 + L + count].view(np.float32).tolist(),
+            logprob=float(fields[:1].view(np.float32)[0]),
+            rank=int(fields[1]),
+            top_ids=fields[2 : 2 + count].tolist(),
+            top_logprobs=fields[2 + L : 2 + L + count].view(np.float32).tolist(),
         )
 
 
@@ -109,6 +138,7 @@ class ModelRunner:
         self._max_num_batched_tokens = max_num_batched_tokens
         guess = self._num_blocks(program_bytes=PROGRAM_BYTES_GUESS)
         self.limits = self._limits(guess)  # what cannot work is said before anything is loaded
+        self._slots = SlotTableManager(self._max_num_seqs, self.model_config.vocab_size, self.device)
         self._programs: dict[int, jax.stages.Compiled] = {}
         self._all_logits: jax.stages.Wrapped | None = None
         with ThreadPoolExecutor(COMPILE_THREADS + 1, thread_name_prefix="startup") as pool:
@@ -116,12 +146,14 @@ class ModelRunner:
             loading = pool.submit(self._load, checkpoint, report)
             programs, num_blocks = self._compile_all(pool, guess)
             self.limits = self._limits(num_blocks)
-            self._kv_pools = self._spec.allocate(num_blocks)
+            self._pools = Pools(
+                self._spec.allocate(num_blocks), jnp.zeros((num_blocks, self.block_size), jnp.int32)
+            )
             self._leaves = loading.result()
             for bucket, program in programs.items():
                 self._programs[bucket] = program.result()
                 # the first run of a program pays for what later ones find ready
-                self._execute(bucket, np.zeros(self._step_shape(bucket).size, np.int32))
+                np.asarray(self._execute(bucket, np.zeros(self._step_shape(bucket).size, np.int32)).sampled)
         buckets = ", ".join(map(str, self.buckets))
         report(f"compiled {len(programs)} programs ({buckets} tokens) in {_seconds_since(started)}")
         self.compilations.reset()
@@ -129,8 +161,11 @@ class ModelRunner:
     def run(self, plan: StepPlan) -> StepResult:
         """Compute one step: one transfer in, one program, one small transfer out."""
         bucket = next(b for b in self.buckets if b >= plan.num_tokens)
-        packed = pack_step(plan, self._step_shape(bucket), self.block_size)
-        return StepResult(self._execute(bucket, packed), self.config.max_logprobs)
+        if any(row.sequence.rates_prompt for row in plan.rows):
+            bucket = self.buckets[-1]  # the one program that can
+        self._slots.assign([row.sequence for row in plan.rows if row.samples])
+        packed = pack_step(plan, self._step_shape(bucket), self.block_size, self._slots)
+        return StepResult(self._execute(bucket, packed), self.config)
 
     def describe_kv_cache(self) -> str:
         """One line for the log."""
@@ -155,7 +190,7 @@ class ModelRunner:
         while sequence.num_uncomputed_tokens:
             num_tokens = min(sequence.num_uncomputed_tokens, shape.num_tokens)
             packed = pack_step(StepPlan([ScheduledRow(sequence, num_tokens, [])]), shape, self.block_size)
-            logits, self._kv_pools = self._all_logits(self._leaves, self._kv_pools, jnp.asarray(packed))
+            logits, self._pools = self._all_logits(self._leaves, self._pools, jnp.asarray(packed))
             chunks.append(np.asarray(logits[:num_tokens]))
             sequence.num_computed_tokens += num_tokens
         return np.concatenate(chunks)
@@ -215,18 +250,23 @@ class ModelRunner:
             processed_logprobs=self.config.logprobs_mode == "processed",
         )
         leaves = [jax.ShapeDtypeStruct(s, self.dtype) for s in self._definition.shapes]
+        tokens = jax.ShapeDtypeStruct((num_blocks, self.block_size), jnp.int32)
+        pools = Pools(self._spec.abstract(num_blocks), tokens)
         packed = jax.ShapeDtypeStruct((shape.size,), jnp.int32)
         with jax.default_device(self.device):
-            lowered = jax.jit(step, donate_argnums=1).lower(leaves, self._spec.abstract(num_blocks), packed)
+            lowered = jax.jit(step, donate_argnums=1).lower(leaves, pools, self._slots.abstract(), packed)
             return lowered.compile()
 
-    def _execute(self, bucket: int, packed: npt.NDArray[np.int32]) -> npt.NDArray[np.int32]:
-        outputs, self._kv_pools = self._programs[bucket](self._leaves, self._kv_pools, packed)
-        return np.asarray(outputs)
+    def _execute(self, bucket: int, packed: npt.NDArray[np.int32]) -> StepOutputs:
+        outputs: StepOutputs
+        tables = self._slots.on_device()
+        outputs, self._pools = self._programs[bucket](self._leaves, self._pools, tables, packed)
+        return outputs
 
     def _step_shape(self, bucket: int) -> StepShape:
         num_rows = min(bucket, _round_up(self._max_num_seqs, ROW_MULTIPLE))
-        return StepShape(bucket, num_rows, _ceil_div(self.max_model_len, self.block_size))
+        blocks_per_row = _ceil_div(self.max_model_len, self.block_size)
+        return StepShape(bucket, num_rows, blocks_per_row, prompt_logprobs=bucket == self.buckets[-1])
 
     def _num_blocks(self, *, program_bytes: int) -> int:
         if self._free_bytes is None:

@@ -15,9 +15,12 @@ import jax.numpy as jnp
 from jax import lax
 from jax.extend.random import threefry2x32_p
 
+from jaxserve.logits_processors import ProcessorInputs, process_logits
 from jaxserve.sampling_params import GREEDY_EPSILON
 
 NUM_CANDIDATES = 1024  # covers almost every top-p set of a trained model
+NUM_BEAM_CANDIDATES = 256  # twice the widest beam search
+NO_TOKEN = -1  # sampled where no token is possible
 NUM_GROUPS = 128  # rows of the two-level cumulative sum
 BISECTION_STEPS = 32  # one per bit of a float32
 
@@ -34,17 +37,28 @@ class SamplingInputs(NamedTuple):
     choice: jax.Array  # int32
     position: jax.Array  # int32
     num_logprobs: jax.Array  # int32
+    processors: ProcessorInputs
+
+
+class BeamCandidates(NamedTuple):
+    """The likeliest continuations of each row, [S, C] each, descending; meaningful in rows of beams. C is
+    NUM_BEAM_CANDIDATES, or V if that is less."""
+
+    token_ids: jax.Array
+    scores: jax.Array  # processed log-probabilities; −inf where there are no more
+    logprobs: jax.Array  # raw
 
 
 class SampleOutputs(NamedTuple):
     """token_ids, logprobs, ranks: [S]; top_ids, top_logprobs: [S, L]. All but token_ids are meaningful
-    only in rows that asked for logprobs."""
+    only in rows that asked for logprobs. A token id is NO_TOKEN where the masks leave none."""
 
     token_ids: jax.Array
     logprobs: jax.Array
     ranks: jax.Array
     top_ids: jax.Array
     top_logprobs: jax.Array
+    candidates: BeamCandidates
 
 
 def sample(
@@ -57,58 +71,95 @@ def sample(
         max_logprobs: L, static.
         processed_logprobs: report the distribution that was sampled from instead of the raw one; static.
     """
-    S = logits.shape[0]
+    S, V = logits.shape
     random = inputs.temperature >= GREEDY_EPSILON
-    greedy_ids = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    num_candidates = min(NUM_BEAM_CANDIDATES, V)
 
-    def draw() -> tuple[jax.Array, jax.Array]:
-        scaled, keep = _processed(logits, inputs, random)
-        return jnp.where(random, _draw(scaled, keep, _uniforms(inputs)), greedy_ids), _masked(scaled, keep)
+    def draw() -> tuple[jax.Array, jax.Array, BeamCandidates]:
+        scaled, keep, candidates = _processed(logits, inputs, random, num_candidates)
+        drawn = jnp.where(random, _draw(scaled, keep, _uniforms(inputs)), _argmax(scaled))
+        possible = jnp.max(scaled, axis=-1) > -jnp.inf
+        return jnp.where(possible, drawn, NO_TOKEN), _masked(scaled, keep), candidates
 
+    def greedy() -> tuple[jax.Array, jax.Array, BeamCandidates]:
+        return _argmax(logits), logits, _no_candidates(S, num_candidates)
+
+    wanted = jnp.any(random) | (inputs.processors.num_rows > 0)
     if processed_logprobs:
-        token_ids, reported = lax.cond(jnp.any(random), draw, lambda: (greedy_ids, logits))
-    else:
-        token_ids = lax.cond(jnp.any(random), lambda: draw()[0], lambda: greedy_ids)
+        token_ids, reported, candidates = lax.cond(wanted, draw, greedy)
+    else:  # what a branch returns is copied: not [S, V] for nothing
+        token_ids, candidates = lax.cond(wanted, lambda: draw()[::2], lambda: greedy()[::2])
         reported = logits
 
     def logprobs() -> tuple[jax.Array, ...]:
-        return _logprobs(reported, token_ids, max_logprobs)
+        return logprobs_of(reported, jnp.maximum(token_ids, 0), max_logprobs)
 
     def no_logprobs() -> tuple[jax.Array, ...]:
         none = jnp.zeros((S, max_logprobs))
         return jnp.zeros(S), jnp.zeros(S, jnp.int32), none.astype(jnp.int32), none
 
-    wanted = jnp.any(inputs.num_logprobs >= 0)
-    return SampleOutputs(token_ids, *lax.cond(wanted, logprobs, no_logprobs))
+    reports = lax.cond(jnp.any(inputs.num_logprobs >= 0), logprobs, no_logprobs)
+    return SampleOutputs(token_ids, *reports, candidates)
 
 
-def _processed(logits: jax.Array, inputs: SamplingInputs, random: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Scaled logits and the mask of tokens that may be drawn, [S, V] each: temperature, top-k, top-p, min-p
-    in this order. Greedy rows pass unchanged."""
-    V = logits.shape[-1]
-    scaled = logits / jnp.where(random, inputs.temperature, 1.0)[:, None]
+def _argmax(x: jax.Array) -> jax.Array:
+    """[S] int32, the lowest index on a tie. Two plain reductions: XLA:CPU does not vectorize the one that carries an
+    index along (four times as slow)."""
+    V = x.shape[-1]
+    at_peak = x == jnp.max(x, axis=-1, keepdims=True)
+    index = jnp.min(jnp.where(at_peak, jnp.arange(V, dtype=jnp.int32), V), axis=-1)
+    return jnp.minimum(index, V - 1)
+
+
+def _no_candidates(num_rows: int, count: int) -> BeamCandidates:
+    none = jnp.full((num_rows, count), -jnp.inf)
+    return BeamCandidates(jnp.zeros((num_rows, count), jnp.int32), none, none)
+
+
+def _processed(
+    logits: jax.Array, inputs: SamplingInputs, random: jax.Array, num_candidates: int
+) -> tuple[jax.Array, jax.Array, BeamCandidates]:
+    """Scaled logits and the mask of tokens that may be drawn, [S, V] each: processors, temperature, top-k, top-p,
+    min-p in this order. Greedy rows have temperature 1 and no filters."""
+    S, V = logits.shape
+    temperature = jnp.where(random, inputs.temperature, 1.0)
+    scaled = process_logits(logits / temperature[:, None], logits, temperature, inputs.processors)
     top_k = jnp.where(random & (inputs.top_k > 0) & (inputs.top_k < V), inputs.top_k, V)
     top_p = jnp.where(random, inputs.top_p, 1.0)
     peak = jnp.max(scaled, axis=-1, keepdims=True)
-    keep = lax.cond(
-        jnp.any((top_k < V) | (top_p < 1.0)),
-        lambda: _top_k_top_p_mask(scaled, peak, top_k, top_p),
-        lambda: jnp.ones(scaled.shape, bool),
+    filtered = jnp.any((top_k < V) | (top_p < 1.0))
+
+    def ranked() -> tuple[jax.Array, BeamCandidates]:
+        values, ids = lax.top_k(scaled, min(NUM_CANDIDATES, V))  # ties: lower id first
+        keep = lax.cond(
+            filtered,
+            lambda: _top_k_top_p_mask(scaled, values, ids, peak, top_k, top_p),
+            lambda: jnp.ones(scaled.shape, bool),
+        )
+        best = ids[:, :num_candidates]
+        normalizer = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
+        raw = jnp.take_along_axis(logits, best, axis=-1, mode="promise_in_bounds") - normalizer
+        return keep, BeamCandidates(best.astype(jnp.int32), values[:, :num_candidates], raw)
+
+    keep, candidates = lax.cond(
+        filtered | jnp.any(inputs.processors.normalize),
+        ranked,
+        lambda: (jnp.ones(scaled.shape, bool), _no_candidates(S, num_candidates)),
     )
     min_p = jnp.where(random, inputs.min_p, 0.0)
-    return scaled, keep & (scaled >= peak + jnp.log(min_p)[:, None])
+    return scaled, keep & (scaled >= peak + jnp.log(min_p)[:, None]), candidates
 
 
 def _masked(scaled: jax.Array, keep: jax.Array) -> jax.Array:
     return jnp.where(keep, scaled, -jnp.inf)
 
 
-def _top_k_top_p_mask(scaled: jax.Array, peak: jax.Array, top_k: jax.Array, top_p: jax.Array) -> jax.Array:
+def _top_k_top_p_mask(
+    scaled: jax.Array, values: jax.Array, ids: jax.Array, peak: jax.Array, top_k: jax.Array, top_p: jax.Array
+) -> jax.Array:
     """[S, V] mask of the `top_k` likeliest tokens and, within them, of the smallest set of likeliest tokens
-    with a mass of at least `top_p`; the lowest ids win a tie."""
-    V = scaled.shape[-1]
-    num_candidates = min(NUM_CANDIDATES, V)
-    values, ids = lax.top_k(scaled, num_candidates)  # ties: lower id first
+    with a mass of at least `top_p`; the lowest ids win a tie. `values` and `ids` are the largest of `scaled`."""
+    V, num_candidates = scaled.shape[-1], values.shape[-1]
     mass = jnp.cumsum(jnp.exp(values - peak), axis=-1)
     total = jnp.sum(jnp.exp(scaled - peak), axis=-1)
     within_k = jnp.take_along_axis(
@@ -209,7 +260,7 @@ def _draw(scaled: jax.Array, keep: jax.Array, uniforms: jax.Array) -> jax.Array:
     return (jnp.minimum(row, last_row) * num_columns + column).astype(jnp.int32)
 
 
-def _logprobs(logits: jax.Array, token_ids: jax.Array, max_logprobs: int) -> tuple[jax.Array, ...]:
+def logprobs_of(logits: jax.Array, token_ids: jax.Array, max_logprobs: int) -> tuple[jax.Array, ...]:
     """(logprob [S], rank [S], top ids [S, L], top logprobs [S, L]), natural logarithms of log_softmax."""
     normalizer = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
     chosen = jnp.take_along_axis(logits, token_ids[:, None], axis=-1, mode="promise_in_bounds")

@@ -145,6 +145,11 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
         return self.n if self.best_of is None else self.best_of
 
     @property
+    def reports_logprobs(self) -> bool:
+        """Whether each token comes with its log-probability; to choose among candidates takes them, too."""
+        return self.logprobs is not None or (self.num_sequences > self.n and not self.use_beam_search)
+
+    @property
     def has_penalties(self) -> bool:
         return (self.presence_penalty, self.frequency_penalty, self.repetition_penalty) != (0.0, 0.0, 1.0)
 

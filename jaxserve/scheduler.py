@@ -27,7 +27,17 @@ class ScheduledRow:
     @property
     def samples(self) -> bool:
         """Whether the row's last token is the sequence's last one, so that a new token follows from it."""
-        return self.num_tokens == self.sequence.num_uncomputed_tokens and not self.sequence.siblings
+        is_last = self.num_tokens == self.sequence.num_uncomputed_tokens
+        return is_last and not self.sequence.siblings and self.sequence.params.max_tokens > 0
+
+    @property
+    def prompt_logprob_range(self) -> tuple[int, int]:
+        """Positions of the row's tokens (first, end) whose successors in the prompt are to be rated."""
+        sequence = self.sequence
+        if not sequence.rates_prompt:
+            return 0, 0
+        first = max(sequence.num_computed_tokens, sequence.num_rated_tokens - 1)
+        return first, min(sequence.num_computed_tokens + self.num_tokens, sequence.num_prompt_tokens - 1)
 
 
 @dataclass(slots=True)
@@ -47,13 +57,14 @@ class StepPlan:
 
 
 class Scheduler:
-    """Owns the waiting queue and the running list, both ordered oldest first."""
+    """Owns the waiting queue and the running list, both ordered oldest first, and the parked beams."""
 
     def __init__(self, config: SchedulerConfig, block_manager: BlockManager) -> None:
         self.config = config
         self.block_manager = block_manager
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
+        self.parked: list[Sequence] = []
         self.num_preemptions = 0
 
     @property
@@ -90,7 +101,34 @@ class Scheduler:
             self.running.remove(sequence)
         elif sequence in self.waiting:
             self.waiting.remove(sequence)
+        elif sequence in self.parked:
+            self.parked.remove(sequence)
         self.block_manager.free(sequence)
+
+    def park(self, sequence: Sequence) -> None:
+        """Take a running beam out until its request's other beams are as far; it keeps its blocks."""
+        self.running.remove(sequence)
+        sequence.status = SequenceStatus.PARKED
+        self.parked.append(sequence)
+
+    def fork(self, parent: Sequence) -> Sequence:
+        """A parked copy of a parked beam, sharing its blocks."""
+        child = parent.fork()
+        self.block_manager.fork(parent, child)
+        self.parked.append(child)
+        return child
+
+    def resume(self, sequences: list[Sequence]) -> None:
+        """Let parked beams go on: at their age's place among the running, or in front of the queue if there is no
+        room or if they have lost their blocks."""
+        for sequence in reversed(sequences):
+            self.parked.remove(sequence)
+            if sequence.block_table and len(self.running) < self.config.max_num_seqs:
+                sequence.status = SequenceStatus.RUNNING
+                self.running.insert(sum(s.order < sequence.order for s in self.running), sequence)
+            else:
+                sequence.status = SequenceStatus.WAITING
+                self.waiting.appendleft(sequence)
 
     def abort(self, sequence: Sequence) -> None:
         """Take a sequence out wherever it is. If others still hang on it, the first of them takes its place."""
@@ -109,8 +147,9 @@ class Scheduler:
         """
         assert all(s.status is SequenceStatus.RUNNING for s in self.running)
         assert all(s.status is SequenceStatus.WAITING for s in self.waiting)
+        assert all(s.status is SequenceStatus.PARKED for s in self.parked)
         assert len(self.running) <= self.config.max_num_seqs
-        self.block_manager.check_integrity([*self.running, *self.waiting])
+        self.block_manager.check_integrity([*self.running, *self.waiting, *self.parked])
 
     # --- the two passes -------------------------------------------------------------------------------------
 
@@ -171,11 +210,12 @@ class Scheduler:
 
     def _make_room(self, sequence: Sequence) -> bool:
         """Whether all known tokens of `sequence` fit. With nothing running they must: then forked sequences
-        that only wait give their blocks back."""
+        that only wait and parked beams give their blocks back."""
         while self.block_manager.blocks_needed(sequence, sequence.num_uncomputed_tokens) > (
             self.block_manager.num_free_blocks
         ):
-            holder = next((s for s in reversed(self.waiting) if s.block_table and s is not sequence), None)
+            idle = (*reversed(self.waiting), *reversed(self.parked))
+            holder = next((s for s in idle if s.block_table and s is not sequence), None)
             if self.running or holder is None:
                 return False
             self.block_manager.free(holder)

@@ -14,6 +14,7 @@ from jaxserve.sampling_params import SamplingParams
 class SequenceStatus(Enum):
     WAITING = "waiting"  # new, or preempted and waiting to be computed again
     RUNNING = "running"
+    PARKED = "parked"  # a beam that waits, with its blocks, for the others of its request
     FINISHED = "finished"
 
 
@@ -31,13 +32,15 @@ class Sequence:
         num_cached_tokens: prompt tokens whose KV came from the prefix cache when it was first scheduled.
         siblings: sequences of the same request that have not been forked off yet. They join once everything
             but the last prompt token is computed, sharing this sequence's blocks.
+        num_rated_tokens: prompt tokens whose prompt logprobs have been reported; the first one has none.
+        order: requests in order of arrival.
         scheduled_at: `time.monotonic()` of its first step, None before.
     """
 
     __slots__ = (
         "block_hashes", "block_table", "cache_salt", "eos_token_ids", "finish_reason", "index", "max_len",
-        "num_cached_tokens", "num_computed_tokens", "num_prompt_tokens", "params", "request_id", "scheduled_at",
-        "seed", "siblings", "status", "stop_reason", "token_ids",
+        "num_cached_tokens", "num_computed_tokens", "num_prompt_tokens", "num_rated_tokens", "order", "params",
+        "request_id", "scheduled_at", "seed", "siblings", "status", "stop_reason", "token_ids",
     )  # fmt: skip
 
     def __init__(
@@ -51,6 +54,7 @@ class Sequence:
         max_model_len: int,
         eos_token_ids: tuple[int, ...] = (),
         cache_salt: str | None = None,
+        order: int = 0,
     ) -> None:
         self.request_id = request_id
         self.index = index
@@ -65,7 +69,9 @@ class Sequence:
         self.block_hashes: list[bytes] = []
         self.num_computed_tokens = 0
         self.num_cached_tokens = 0
+        self.num_rated_tokens = 1
         self.siblings: list[Sequence] = []
+        self.order = order
         self.scheduled_at: float | None = None
         self.status = SequenceStatus.WAITING
         self.finish_reason: FinishReason | None = None
@@ -92,6 +98,31 @@ class Sequence:
         if self.siblings:
             return max(self.num_prompt_tokens - 1 - self.num_computed_tokens, 0)
         return self.num_uncomputed_tokens
+
+    @property
+    def rates_prompt(self) -> bool:
+        """Whether prompt logprobs are still to be reported. The first of a request's sequences reports them."""
+        wanted = self.params.prompt_logprobs is not None and self.index == 0
+        return wanted and self.num_rated_tokens < self.num_prompt_tokens
+
+    def fork(self) -> Sequence:
+        """Another sequence with the same tokens, without blocks: a beam that goes its own way from here."""
+        child = Sequence(
+            self.request_id,
+            self.index,
+            self.token_ids[: self.num_prompt_tokens],
+            self.params,
+            seed=self.seed,
+            max_model_len=self.max_len,
+            eos_token_ids=self.eos_token_ids,
+            cache_salt=self.cache_salt,
+            order=self.order,
+        )
+        child.token_ids = list(self.token_ids)
+        child.num_rated_tokens = self.num_rated_tokens
+        child.scheduled_at = self.scheduled_at
+        child.status = self.status
+        return child
 
     def append_token(self, token_id: int) -> None:
         """Add a sampled token and decide whether it is the last one (contract §4.4: end of sequence, stop

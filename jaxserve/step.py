@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -12,8 +12,9 @@ from flax import nnx
 from jax import lax
 
 from jaxserve.kernels.metadata import AttentionMetadata
+from jaxserve.logits_processors import ProcessorInputs, SlotTables, write_tokens
 from jaxserve.models.llama import Llama
-from jaxserve.sampler import SamplingInputs, sample
+from jaxserve.sampler import SamplingInputs, logprobs_of, sample
 from jaxserve.step_inputs import StepShape
 
 
@@ -45,62 +46,140 @@ class ModelDefinition:
         return model
 
 
-Step = Callable[[list[jax.Array], list[jax.Array], jax.Array], tuple[jax.Array, list[jax.Array]]]
-"""(parameter leaves, kv_pools to donate, packed inputs int32 [shape.size]) → (outputs, kv_pools)."""
+class Pools(NamedTuple):
+    """What a step updates in place; donated.
+
+    Attributes:
+        kv: one pool per layer.
+        tokens: [N, B] int32; the token id of every slot.
+    """
+
+    kv: list[jax.Array]
+    tokens: jax.Array
+
+
+class StepOutputs(NamedTuple):
+    """What a step says, int32 throughout.
+
+    Attributes:
+        sampled: [S, 3 + 2 · L]; token id, bits of its logprob, its rank, the top ids, the bits of their logprobs.
+        candidates: [S, 3 · C]; of beams: token ids, bits of their scores, bits of their raw logprobs.
+        prompt: [T, 2 + 2 · L] (or [0, …]) of `prompt_tokens`: bits of the logprob, rank, top ids, bits of their
+            logprobs.
+    """
+
+    sampled: jax.Array
+    candidates: jax.Array
+    prompt: jax.Array
+
+
+Step = Callable[[list[jax.Array], Pools, SlotTables, jax.Array], tuple[StepOutputs, Pools]]
+"""(parameter leaves, pools to donate, slot tables, packed inputs int32 [shape.size]) → (outputs, pools)."""
+
+Tree = TypeVar("Tree")
+PROMPT_GROUP = 16  # tokens of a prompt whose logits exist at a time
 
 
 def make_step(
     definition: ModelDefinition, shape: StepShape, *, max_logprobs: int, processed_logprobs: bool
 ) -> Step:
-    """The function to compile for one bucket.
-
-    Its outputs are int32 [S, 3 + 2 · max_logprobs]; a row is: token id, bits of its logprob, its rank, the top
-    ids, the bits of their logprobs.
-    """
+    """The function to compile for one bucket."""
 
     def step(
-        leaves: list[jax.Array], kv_pools: list[jax.Array], packed: jax.Array
-    ) -> tuple[jax.Array, list[jax.Array]]:
+        leaves: list[jax.Array], pools: Pools, tables: SlotTables, packed: jax.Array
+    ) -> tuple[StepOutputs, Pools]:
         inputs = shape.unpack(packed)
         model = definition.build(leaves)
-        hidden, kv_pools = _forward(model, inputs, kv_pools)
+        hidden, pools = _forward(model, inputs, pools)
         logits = model.logits(hidden[inputs["logits_index"]])
-        sampling = SamplingInputs(
-            temperature=_floats(inputs["temperature"]),
-            top_p=_floats(inputs["top_p"]),
-            min_p=_floats(inputs["min_p"]),
-            top_k=inputs["top_k"],
-            seed_low=inputs["seed_low"].astype(jnp.uint32),
-            seed_high=inputs["seed_high"].astype(jnp.uint32),
-            choice=inputs["choice"],
-            position=inputs["seq_lens"],
-            num_logprobs=inputs["num_logprobs"],
+        out = sample(
+            logits,
+            _sampling_inputs(inputs, pools.tokens, tables),
+            max_logprobs=max_logprobs,
+            processed_logprobs=processed_logprobs,
         )
-        out = sample(logits, sampling, max_logprobs=max_logprobs, processed_logprobs=processed_logprobs)
         columns = jnp.stack([out.token_ids, _bits(out.logprobs), out.ranks], axis=1)
-        return jnp.concatenate([columns, out.top_ids, _bits(out.top_logprobs)], axis=1), kv_pools
+        best = out.candidates
+        outputs = StepOutputs(
+            sampled=jnp.concatenate([columns, out.top_ids, _bits(out.top_logprobs)], axis=1),
+            candidates=jnp.concatenate([best.token_ids, _bits(best.scores), _bits(best.logprobs)], axis=1),
+            prompt=_prompt_logprobs(model, hidden, inputs, max_logprobs),
+        )
+        return outputs, pools
 
     return step
 
 
-def make_all_logits(definition: ModelDefinition, shape: StepShape) -> Step:
+def _sampling_inputs(inputs: dict[str, jax.Array], token_pool: jax.Array, tables: SlotTables) -> SamplingInputs:
+    processors = ProcessorInputs(
+        rows=inputs["processed_rows"],
+        num_rows=inputs["counts"][3],
+        slot=inputs["slot"],
+        num_biases=inputs["num_biases"],
+        prompt_len=inputs["prompt_len"],
+        num_counted=inputs["num_counted"],
+        repetition=_floats(inputs["repetition"]),
+        frequency=_floats(inputs["frequency"]),
+        presence=_floats(inputs["presence"]),
+        normalize=inputs["is_beam"] > 0,
+        block_tables=inputs["block_tables"],
+        token_pool=token_pool,
+        tables=tables,
+    )
+    return SamplingInputs(
+        temperature=_floats(inputs["temperature"]),
+        top_p=_floats(inputs["top_p"]),
+        min_p=_floats(inputs["min_p"]),
+        top_k=inputs["top_k"],
+        seed_low=inputs["seed_low"].astype(jnp.uint32),
+        seed_high=inputs["seed_high"].astype(jnp.uint32),
+        choice=inputs["choice"],
+        position=inputs["seq_lens"],
+        num_logprobs=inputs["num_logprobs"],
+        processors=processors,
+    )
+
+
+def _prompt_logprobs(
+    model: Llama, hidden: jax.Array, inputs: dict[str, jax.Array], max_logprobs: int
+) -> jax.Array:
+    """[T, 2 + 2 · L]; how likely each of `prompt_targets` was. A few tokens at a time: never [T, V]."""
+    targets, tokens = inputs["prompt_targets"], inputs["prompt_tokens"]
+    T = targets.shape[0]
+    out = jnp.zeros((T, 2 + 2 * max_logprobs), jnp.int32)
+    if T == 0:
+        return out
+    group = min(PROMPT_GROUP, T)
+
+    def rate(g: jax.Array, out: jax.Array) -> jax.Array:
+        first = jnp.minimum(g * group, T - group)
+        index = lax.dynamic_slice_in_dim(tokens, first, group)
+        logits = model.logits(hidden[index])
+        logprob, rank, ids, top = logprobs_of(
+            logits, lax.dynamic_slice_in_dim(targets, first, group), max_logprobs
+        )
+        rows = jnp.concatenate([_bits(logprob)[:, None], rank[:, None], ids, _bits(top)], axis=1)
+        return lax.dynamic_update_slice_in_dim(out, rows, first, axis=0)
+
+    return lax.fori_loop(0, (inputs["counts"][4] + group - 1) // group, rate, out)
+
+
+def make_all_logits(
+    definition: ModelDefinition, shape: StepShape
+) -> Callable[[list[jax.Array], Pools, jax.Array], tuple[jax.Array, Pools]]:
     """Like a step, but its outputs are the logits of all tokens, float32 [T, V]: for tests and comparisons."""
 
-    def all_logits(
-        leaves: list[jax.Array], kv_pools: list[jax.Array], packed: jax.Array
-    ) -> tuple[jax.Array, list[jax.Array]]:
+    def all_logits(leaves: list[jax.Array], pools: Pools, packed: jax.Array) -> tuple[jax.Array, Pools]:
         model = definition.build(leaves)
-        hidden, kv_pools = _forward(model, shape.unpack(packed), kv_pools)
-        return model.logits(hidden), kv_pools
+        hidden, pools = _forward(model, shape.unpack(packed), pools)
+        return model.logits(hidden), pools
 
     return all_logits
 
 
-def _forward(
-    model: Llama, inputs: dict[str, jax.Array], kv_pools: list[jax.Array]
-) -> tuple[jax.Array, list[jax.Array]]:
-    num_single_tokens, num_tiles, num_copies = inputs["counts"]
-    kv_pools = copy_blocks(kv_pools, inputs["block_copies"], num_copies)
+def _forward(model: Llama, inputs: dict[str, jax.Array], pools: Pools) -> tuple[jax.Array, Pools]:
+    num_single_tokens, num_tiles, num_copies = inputs["counts"][:3]
+    pools = Pools(*copy_blocks((pools.kv, pools.tokens), inputs["block_copies"], num_copies))
     metadata = AttentionMetadata(
         block_tables=inputs["block_tables"],
         seq_lens=inputs["seq_lens"],
@@ -112,21 +191,25 @@ def _forward(
         tiles=inputs["tiles"],
         num_tiles=num_tiles,
     )
-    return model(inputs["token_ids"], inputs["positions"], kv_pools, metadata)
+    tokens = write_tokens(pools.tokens, inputs["token_ids"], inputs["slot_mapping"])
+    hidden, kv_pools = model(inputs["token_ids"], inputs["positions"], pools.kv, metadata)
+    return hidden, Pools(kv_pools, tokens)
 
 
-def copy_blocks(kv_pools: list[jax.Array], copies: jax.Array, num_copies: jax.Array) -> list[jax.Array]:
+def copy_blocks(pools: Tree, copies: jax.Array, num_copies: jax.Array) -> Tree:
     """Copy-on-write: for each of the first `num_copies` rows (source, target) of `copies`, in order, copy the
-    block in every layer."""
+    block in every pool."""
 
-    def copy_one(i: jax.Array, pools: list[jax.Array]) -> list[jax.Array]:
+    def copy_one(i: jax.Array, pools: Tree) -> Tree:
         source, target = copies[i, 0], copies[i, 1]
-        return [
-            lax.dynamic_update_slice_in_dim(pool, lax.dynamic_slice_in_dim(pool, source, 1), target, axis=0)
-            for pool in pools
-        ]
 
-    return lax.fori_loop(0, num_copies, copy_one, kv_pools)
+        def copy(pool: jax.Array) -> jax.Array:
+            block = lax.dynamic_slice_in_dim(pool, source, 1)
+            return lax.dynamic_update_slice_in_dim(pool, block, target, axis=0)
+
+        return jax.tree.map(copy, pools)
+
+    return lax.fori_loop(0, num_copies, copy_one, pools)
 
 
 def _floats(bits: jax.Array) -> jax.Array:

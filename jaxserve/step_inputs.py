@@ -8,15 +8,24 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from jaxserve.kernels.metadata import MAX_UNTILED_TOKENS, QUERY_TILE
-from jaxserve.scheduler import StepPlan
+from jaxserve.scheduler import ScheduledRow, StepPlan
+from jaxserve.sequence import Sequence
 
 NO_LOGPROBS = -1
+
+
+class SlotLookup(Protocol):
+    """Where a sequence's row of the slot tables is."""
+
+    def slot(self, sequence: Sequence) -> int: ...
+
+    def num_biases(self, sequence: Sequence) -> int: ...
 
 
 @dataclass(frozen=True)
@@ -27,11 +36,13 @@ class StepShape:
         num_tokens: T, the token bucket.
         num_rows: S, sequences at most.
         blocks_per_row: M, blocks of one sequence at most.
+        prompt_logprobs: whether the step can report them; one bucket that does is enough.
     """
 
     num_tokens: int
     num_rows: int
     blocks_per_row: int
+    prompt_logprobs: bool = False
 
     @cached_property
     def fields(self) -> dict[str, tuple[int, ...]]:
@@ -56,7 +67,20 @@ class StepShape:
             "seed_high": (S,),
             "choice": (S,),
             "num_logprobs": (S,),
-            "counts": (3,),  # tokens attended one by one, tiles, block copies
+            "processed_rows": (S,),  # those whose logits are changed, first
+            "slot": (S,),
+            "num_biases": (S,),
+            "prompt_len": (S,),
+            "num_counted": (S,),
+            "repetition": (S,),  # float32 bits, as frequency and presence
+            "frequency": (S,),
+            "presence": (S,),
+            "is_beam": (S,),
+            # the token behind each token of a prompt whose logprobs are wanted, and where those tokens are
+            "prompt_targets": (T if self.prompt_logprobs else 0,),
+            "prompt_tokens": (T if self.prompt_logprobs else 0,),
+            # tokens attended one by one, tiles, block copies, processed rows, prompt_tokens
+            "counts": (5,),
         }
 
     @property
@@ -79,63 +103,114 @@ class StepShape:
         return views
 
 
-def pack_step(plan: StepPlan, shape: StepShape, block_size: int) -> npt.NDArray[np.int32]:
+def pack_step(
+    plan: StepPlan, shape: StepShape, block_size: int, slots: SlotLookup | None = None
+) -> npt.NDArray[np.int32]:
     """The step's one host-to-device transfer.
 
     Args:
         plan: at most `shape.num_tokens` tokens in at most `shape.num_rows` rows, rows of one token first.
+        slots: None if nobody needs the slot tables.
 
     Returns:
         int32 [shape.size].
     """
     buffer = np.zeros(shape.size, np.int32)
     inputs: dict[str, npt.NDArray[np.int32]] = shape.unpack(buffer)
+    for name in FLOATS:
+        inputs[name] = inputs[name].view(np.float32)  # type: ignore[assignment]
     inputs["num_logprobs"][:] = NO_LOGPROBS
-    temperature, top_p, min_p = (inputs[name].view(np.float32) for name in ("temperature", "top_p", "min_p"))
-    top_p[:] = 1.0
-    seed_low, seed_high = (inputs[name].view(np.uint32) for name in ("seed_low", "seed_high"))
+    inputs["top_p"][:] = 1.0
+    inputs["repetition"][:] = 1.0
     tiles: list[tuple[int, int]] = []
     copies: list[tuple[int, int]] = []
-    token = num_single_tokens = 0
+    processed: list[int] = []
+    token = num_single_tokens = num_prompt_tokens = 0
     for s, row in enumerate(plan.rows):
-        sequence, num_tokens, params = row.sequence, row.num_tokens, row.sequence.params
-        start = sequence.num_computed_tokens
-        stop = start + num_tokens
-        table = inputs["block_tables"][s]
-        table[: len(sequence.block_table)] = sequence.block_table
-        inputs["token_rows"][token : token + num_tokens] = s
-        if num_tokens == 1:
-            inputs["token_ids"][token] = sequence.token_ids[start]
-            inputs["positions"][token] = start
-            inputs["slot_mapping"][token] = table[start // block_size] * block_size + start % block_size
+        _pack_tokens(inputs, s, row, token, block_size)
+        if shape.tiled and row.num_tokens > 1:
+            tiles += [(s, first) for first in range(token, token + row.num_tokens, QUERY_TILE)]
         else:
-            positions = np.arange(start, stop, dtype=np.int32)
-            inputs["token_ids"][token : token + num_tokens] = sequence.token_ids[start:stop]
-            inputs["positions"][token : token + num_tokens] = positions
-            slots = table[positions // block_size] * block_size + positions % block_size
-            inputs["slot_mapping"][token : token + num_tokens] = slots
-        if shape.tiled and num_tokens > 1:
-            tiles += [(s, first) for first in range(token, token + num_tokens, QUERY_TILE)]
-        else:
-            num_single_tokens += num_tokens
-        token += num_tokens
+            num_single_tokens += row.num_tokens
+        if shape.prompt_logprobs:
+            num_prompt_tokens = _pack_prompt_targets(inputs, row, token, num_prompt_tokens)
+        token += row.num_tokens
         copies += row.copies
-        inputs["seq_lens"][s] = stop
         inputs["query_start_loc"][s + 1] = token
         inputs["logits_index"][s] = token - 1
-        temperature[s] = params.temperature
-        if not params.greedy:
-            top_p[s], min_p[s] = params.top_p, params.min_p
-            inputs["top_k"][s] = max(params.top_k, 0)
-            seed_low[s] = sequence.seed & 0xFFFFFFFF
-            seed_high[s] = (sequence.seed >> 32) & 0xFFFFFFFF
-            inputs["choice"][s] = sequence.index
-        if params.logprobs is not None and row.samples:
-            inputs["num_logprobs"][s] = params.logprobs
+        if row.samples:
+            _pack_sampling(inputs, s, row.sequence)
+            if _pack_processors(inputs, s, row.sequence, slots):
+                processed.append(s)
     inputs["query_start_loc"][len(plan.rows) + 1 :] = token
+    inputs["processed_rows"][: len(processed)] = processed
     if tiles:
         inputs["tiles"][: len(tiles)] = tiles
     if copies:
         inputs["block_copies"][: len(copies)] = copies
-    inputs["counts"][:] = num_single_tokens, len(tiles), len(copies)
+    inputs["counts"][:] = num_single_tokens, len(tiles), len(copies), len(processed), num_prompt_tokens
     return buffer
+
+
+FLOATS = ("temperature", "top_p", "min_p", "repetition", "frequency", "presence")
+Inputs = dict[str, npt.NDArray[np.int32]]
+
+
+def _pack_tokens(inputs: Inputs, s: int, row: ScheduledRow, token: int, block_size: int) -> None:
+    """The row's tokens from flat index `token` on, where their KV goes, and what they attend to."""
+    sequence, num_tokens = row.sequence, row.num_tokens
+    start = sequence.num_computed_tokens
+    stop = start + num_tokens
+    table = inputs["block_tables"][s]
+    table[: len(sequence.block_table)] = sequence.block_table
+    inputs["seq_lens"][s] = stop
+    inputs["token_rows"][token : token + num_tokens] = s
+    if num_tokens == 1:
+        inputs["token_ids"][token] = sequence.token_ids[start]
+        inputs["positions"][token] = start
+        inputs["slot_mapping"][token] = table[start // block_size] * block_size + start % block_size
+        return
+    positions = np.arange(start, stop, dtype=np.int32)
+    inputs["token_ids"][token : token + num_tokens] = sequence.token_ids[start:stop]
+    inputs["positions"][token : token + num_tokens] = positions
+    slots = table[positions // block_size] * block_size + positions % block_size
+    inputs["slot_mapping"][token : token + num_tokens] = slots
+
+
+def _pack_prompt_targets(inputs: Inputs, row: ScheduledRow, token: int, count: int) -> int:
+    """Name the row's tokens whose successor in the prompt is to be rated; returns the new count of such tokens."""
+    first, stop = row.prompt_logprob_range
+    num = stop - first
+    if num > 0:
+        offset = token + first - row.sequence.num_computed_tokens
+        inputs["prompt_tokens"][count : count + num] = np.arange(offset, offset + num)
+        inputs["prompt_targets"][count : count + num] = row.sequence.token_ids[first + 1 : stop + 1]
+    return count + max(num, 0)
+
+
+def _pack_sampling(inputs: Inputs, s: int, sequence: Sequence) -> None:
+    params = sequence.params
+    inputs["temperature"][s] = params.temperature
+    if not params.greedy:
+        inputs["top_p"][s], inputs["min_p"][s] = params.top_p, params.min_p
+        inputs["top_k"][s] = max(params.top_k, 0)
+        inputs["seed_low"][s : s + 1].view(np.uint32)[0] = sequence.seed & 0xFFFFFFFF
+        inputs["seed_high"][s : s + 1].view(np.uint32)[0] = (sequence.seed >> 32) & 0xFFFFFFFF
+        inputs["choice"][s] = sequence.index
+    if params.reports_logprobs:
+        inputs["num_logprobs"][s] = params.logprobs or 0
+
+
+def _pack_processors(inputs: Inputs, s: int, sequence: Sequence, slots: SlotLookup | None) -> bool:
+    """What changes the row's logits; returns whether anything does."""
+    params = sequence.params
+    slot = 0 if slots is None else slots.slot(sequence)
+    if slots is not None and slot:
+        inputs["slot"][s], inputs["num_biases"][s] = slot, slots.num_biases(sequence)
+    if params.has_penalties:
+        inputs["prompt_len"][s] = sequence.num_prompt_tokens
+        inputs["num_counted"][s] = len(sequence)
+        inputs["repetition"][s] = params.repetition_penalty
+        inputs["frequency"][s], inputs["presence"][s] = params.frequency_penalty, params.presence_penalty
+    inputs["is_beam"][s] = params.use_beam_search
+    return bool(slot) or params.has_penalties or params.use_beam_search

@@ -296,12 +296,15 @@ def test_one_program_and_one_transfer_each_way_per_step(
     runner: ModelRunner, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls: list[tuple[int, ...]] = []
+    uploads: list[Any] = []
     programs = dict(runner._programs)
 
     def counted(bucket: int) -> Any:
-        def call(leaves: Any, pools: Any, packed: Any) -> Any:
+        def call(leaves: Any, pools: Any, tables: Any, packed: Any) -> Any:
             calls.append(packed.shape)
-            return programs[bucket](leaves, pools, packed)
+            if all(tables is not other for other in uploads):
+                uploads.append(tables)  # on the device already, but for steps that change them
+            return programs[bucket](leaves, pools, tables, packed)
 
         return call
 
@@ -316,6 +319,7 @@ def test_one_program_and_one_transfer_each_way_per_step(
         steps += 1
     assert len(calls) == steps
     assert all(len(shape) == 1 for shape in calls)  # one packed array
+    assert len(uploads) == 1
     assert engine.stats().xla_compilations == 0
 
 

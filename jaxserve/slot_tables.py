@@ -1,0 +1,127 @@
+"""What requests fix about their logits, in tables on the device: one row a slot.
+
+Most steps change nothing here, so the tables stay on the device and are sent anew only when a row of them changed.
+A sequence keeps its slot as long as it is in the plans; who is in none loses it to whoever needs one.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpy.typing as npt
+
+from jaxserve.logits_processors import BITS, SlotTables
+from jaxserve.sampling_params import MAX_BAD_WORD_TOKENS, MAX_LOGIT_BIASES, MAX_STOP_TOKEN_IDS
+from jaxserve.sequence import Sequence
+
+NEUTRAL_SLOT = 0
+MAX_EOS_TOKEN_IDS = 64
+MAX_BIASES = MAX_LOGIT_BIASES + MAX_BAD_WORD_TOKENS + MAX_STOP_TOKEN_IDS + MAX_EOS_TOKEN_IDS  # a multiple of 64
+
+
+class SlotTableManager:
+    """Owns the tables, on the host and on the device, and which sequence has which slot."""
+
+    def __init__(self, num_slots: int, vocab_size: int, device: jax.Device) -> None:
+        self._vocab_size = vocab_size
+        self._device = device
+        self._bias_ids = np.zeros((num_slots + 1, MAX_BIASES), np.int32)
+        self._bias_values = np.zeros((num_slots + 1, MAX_BIASES), np.float32)
+        self._masks = np.full((num_slots + 1, -(-vocab_size // BITS)), 0xFFFFFFFF, np.uint32)
+        self._slot_of: dict[Sequence, int] = {}
+        self._biases_of: dict[int, tuple[npt.NDArray[np.int32], npt.NDArray[np.float32]]] = {}
+        self._free = list(range(num_slots, NEUTRAL_SLOT, -1))
+        self._on_device: SlotTables | None = None
+
+    def abstract(self) -> SlotTables:
+        """Shapes and dtypes, to compile for."""
+        arrays = (self._bias_ids, self._bias_values, self._masks)
+        return SlotTables(*(jax.ShapeDtypeStruct(a.shape, a.dtype) for a in arrays))
+
+    def assign(self, sequences: list[Sequence]) -> None:
+        """Give a slot to each of a step's `sequences` whose request needs one, and bring its row up to date."""
+        needing = [s for s in sequences if needs_slot(s)]
+        missing = [s for s in needing if s not in self._slot_of]
+        if missing:
+            self._evict(keep=set(needing))
+            for sequence in missing:
+                self._slot_of[sequence] = slot = self._free.pop()
+                self._write_mask(slot, sequence)
+        for sequence in needing:
+            self._write_biases(self._slot_of[sequence], sequence)
+
+    def slot(self, sequence: Sequence) -> int:
+        return self._slot_of.get(sequence, NEUTRAL_SLOT)
+
+    def num_biases(self, sequence: Sequence) -> int:
+        """Entries of the sequence's row that count."""
+        biases = self._biases_of.get(self.slot(sequence))
+        return 0 if biases is None else len(biases[0])
+
+    def on_device(self) -> SlotTables:
+        """The tables as they are now."""
+        if self._on_device is None:
+            # a copy each: the CPU device may use the host's memory as it is
+            arrays = (self._bias_ids.copy(), self._bias_values.copy(), self._masks.copy())
+            self._on_device = SlotTables(*(jax.device_put(a, self._device) for a in arrays))
+        return self._on_device
+
+    def _evict(self, keep: set[Sequence]) -> None:
+        for sequence in [s for s in self._slot_of if s not in keep]:
+            slot = self._slot_of.pop(sequence)
+            self._biases_of.pop(slot, None)
+            self._free.append(slot)
+
+    def _write_mask(self, slot: int, sequence: Sequence) -> None:
+        allowed = sequence.params.allowed_token_ids
+        mask = np.full(self._masks.shape[1], 0xFFFFFFFF, np.uint32)
+        if allowed is not None:
+            bits = np.zeros(self._masks.shape[1] * BITS, np.uint8)
+            bits[list(allowed)] = 1
+            mask = np.packbits(bits, bitorder="little").view(np.uint32)
+        if not np.array_equal(self._masks[slot], mask):
+            self._masks[slot] = mask
+            self._on_device = None
+
+    def _write_biases(self, slot: int, sequence: Sequence) -> None:
+        ids, values = biases(sequence)
+        last = self._biases_of.get(slot)
+        if last is not None and np.array_equal(last[0], ids) and np.array_equal(last[1], values):
+            return
+        self._biases_of[slot] = ids, values
+        self._bias_ids[slot, : len(ids)] = ids
+        self._bias_values[slot, : len(ids)] = values
+        self._on_device = None
+
+
+def needs_slot(sequence: Sequence) -> bool:
+    """Whether the sequence's logits are changed by something that lies in the tables."""
+    params = sequence.params
+    return bool(
+        params.logit_bias
+        or params.allowed_token_ids is not None
+        or params.bad_words_token_ids
+        or sequence.num_output_tokens < params.min_tokens
+    )
+
+
+def biases(sequence: Sequence) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float32]]:
+    """Token ids and what is added to their logits at the sequence's next token: logit_bias, and −inf for tokens that
+    would complete a bad word or end the sequence before min_tokens."""
+    params = sequence.params
+    forbidden = [word[-1] for word in params.bad_words_token_ids if _ends_with(sequence, word[:-1])]
+    if sequence.num_output_tokens < params.min_tokens:
+        forbidden += params.stop_token_ids
+        forbidden += () if params.ignore_eos else sequence.eos_token_ids
+    ids = [token_id for token_id, _ in params.logit_bias] + forbidden
+    values = [bias for _, bias in params.logit_bias] + [-np.inf] * len(forbidden)
+    return np.asarray(ids, np.int32), np.asarray(values, np.float32)
+
+
+def _ends_with(sequence: Sequence, token_ids: tuple[int, ...]) -> bool:
+    """Whether the output ends with these tokens (any output ends with none)."""
+    count = len(token_ids)
+    if count > sequence.num_output_tokens:
+        return False
+    return count == 0 or tuple(sequence.token_ids[-count:]) == token_ids
