@@ -85,7 +85,8 @@ class _Stream:
     """One request's outputs on their way to its handler."""
 
     def __init__(self, request: AddRequest) -> None:
-        self.live = set(range(request.params.n))
+        params = request.params
+        self.live = set(range(params.n if params.use_beam_search else params.num_sequences))
         self.num_prompt_tokens = len(request.prompt_token_ids)
         self.waiting = True
         self._arrived: deque[list[SequenceOutput]] = deque()
