@@ -131,7 +131,7 @@ def _is_plain_bpe(model: Any) -> bool:
 def _keeps_text(normalizer: dict[str, Any]) -> bool:
     """Only adds to a text, puts "▁" for spaces, or composes characters that are not ASCII."""
     if normalizer["type"] == "Replace":
-        return normalizer["pattern"] == {"String": " "} and normalizer["content"] == META_SPACE
+        return bool(normalizer["pattern"] == {"String": " "} and normalizer["content"] == META_SPACE)
     return normalizer["type"] in UNICODE_FORMS | {"Prepend"}
 
 
