@@ -13,7 +13,9 @@ from urllib.parse import urlsplit
 
 from quart import Quart, Response, g, request, websocket
 from quart.typing import ResponseTypes
+from quart.wrappers import BaseRequestWebsocket
 from werkzeug.exceptions import HTTPException, MethodNotAllowed, RequestEntityTooLarge, RequestTimeout
+from werkzeug.routing import MapAdapter
 
 from jaxserve.api import chat, completions, docs, health, models, tokenization
 from jaxserve.api.auth import OPEN_ROUTES, Authenticator
@@ -51,6 +53,18 @@ class App(Quart):
         if scope["type"] in ("http", "websocket"):
             scope = {**scope, "path": _routed_path(scope["path"], scope.get("root_path", ""))}
         await super().__call__(scope, receive, send)
+
+    def create_url_adapter(self, request: BaseRequestWebsocket | None) -> MapAdapter | None:
+        """Routes depend on scheme, method and path alone; Quart would fail on a Host that is no host's name."""
+        if request is None:
+            return super().create_url_adapter(None)
+        return self.url_map.bind(
+            "localhost",
+            script_name=request.root_path,
+            url_scheme=request.scheme,
+            default_method=request.method,
+            path_info=request.path,
+        )
 
 
 def _routed_path(path: str, root_path: str) -> str:

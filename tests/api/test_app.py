@@ -302,6 +302,18 @@ async def test_probes_are_logged_at_debug_unless_they_say_that_something_is_wron
     assert levels == ["DEBUG", "DEBUG", "INFO"]
 
 
+@pytest.mark.parametrize("host", ["", "..", ".x", "a" * 70, "x:y:z", "[::", "xn--a", "\xff", "evil/health"])
+@pytest.mark.parametrize(("path", "status"), [("/health", 200), ("/v1/models", 200), ("/nope", 404)])
+async def test_an_odd_host_changes_nothing(
+    tokenizer: Tokenizer, engine: FakeEngineClient, host: str, path: str, status: int
+) -> None:
+    async with serving(make_context(tokenizer, engine, port=0)) as server:
+        request = f"GET {path} HTTP/1.1\r\nHost: {host}\r\n\r\n"
+        response = await exchange(server.port, request.encode("latin-1"))
+    assert response.status == status
+    assert response.headers["content-type"] == "application/json"
+
+
 # --- CORS -----------------------------------------------------------------------------------------------------
 
 PREFLIGHT = {
