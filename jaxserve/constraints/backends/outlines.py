@@ -1,0 +1,111 @@
+"""outlines (its core): regexes and choices as automata over the vocabulary.
+
+It has no JSON of its own that is exact (its strings know few escapes, and most keywords are left out without a word)
+and no grammars: what it cannot honour it refuses. An automaton takes long to make, so it travels, made once.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import numpy as np
+import outlines_core
+from numpy.typing import NDArray
+
+from jaxserve.constraints.backends import base
+from jaxserve.constraints.backends.base import DeadEndError, MatcherError
+from jaxserve.constraints.constraint import (
+    BackendName,
+    CompiledConstraint,
+    Constraint,
+    ConstraintError,
+    TooComplexError,
+)
+from jaxserve.constraints.regex import choices_to_regex, translate_regex
+from jaxserve.constraints.vocabulary import Vocabulary, pack
+
+MAX_ARTIFACT_BYTES = 32 << 20
+
+
+class OutlinesBackend:
+    """outlines-core for one vocabulary."""
+
+    name: ClassVar[BackendName] = "outlines"
+
+    def __init__(self, vocabulary: Vocabulary) -> None:
+        self._vocabulary = vocabulary
+        # the library wants an end-of-sequence id, which must have no text: one behind the vocabulary
+        self._eos = vocabulary.size
+
+    def compile(self, constraint: Constraint) -> CompiledConstraint:
+        if constraint.kind not in ("regex", "choice"):
+            raise ConstraintError(f"outlines serves regexes and choices exactly, not {constraint.kind}.")
+        if self._vocabulary.first_tokens:
+            raise ConstraintError("outlines knows no tokens whose text differs at the beginning.")
+        choice = constraint.kind == "choice"
+        regex = choices_to_regex(constraint.text) if choice else translate_regex(constraint.text)
+        by_bytes: dict[bytes, list[int]] = {}
+        for token_id, token in enumerate(self._vocabulary.tokens):
+            if token:
+                by_bytes.setdefault(token, []).append(token_id)
+        try:
+            index = outlines_core.Index(regex, outlines_core.Vocabulary(self._eos, by_bytes))
+        except ValueError as error:
+            raise ConstraintError(f"The regex cannot be enforced: {str(error)[:200]}.") from error
+        _, (artifact,) = index.__reduce__()
+        if len(artifact) > MAX_ARTIFACT_BYTES:
+            raise TooComplexError("The automaton of the regex is too large.")
+        return CompiledConstraint(backend=self.name, source=regex, artifact=bytes(artifact))
+
+    def matcher(self, compiled: CompiledConstraint) -> OutlinesMatcher:
+        try:
+            index = outlines_core.Index.from_binary(list(compiled.artifact))
+        except ValueError as error:
+            raise MatcherError(str(error)) from error
+        return OutlinesMatcher(index, self._vocabulary, [index.get_initial_state()])
+
+
+class OutlinesMatcher:
+    """One text: the states of the automaton that it has been through."""
+
+    def __init__(self, index: outlines_core.Index, vocabulary: Vocabulary, states: list[int]) -> None:
+        self._index = index
+        self._vocabulary = vocabulary
+        self._states = states
+
+    @property
+    def can_end(self) -> bool:
+        return bool(self._index.is_final_state(self._states[-1]))
+
+    @property
+    def is_complete(self) -> bool:
+        return self.can_end and not self._allowed()
+
+    def fill_mask(self, row: NDArray[np.int32]) -> None:
+        ends = self._vocabulary.eos_token_ids if self.can_end else ()
+        row[:] = pack((*self._allowed(), *ends), len(row))
+        if not row.any():
+            raise DeadEndError
+
+    def accept(self, token_id: int) -> bool:
+        if token_id in self._vocabulary.eos_token_ids:
+            return self.can_end
+        state = self._index.get_next_state(self._states[-1], token_id)
+        if state is None or token_id >= self._vocabulary.size:
+            return False
+        self._states.append(state)
+        return True
+
+    def rollback(self, num_tokens: int) -> None:
+        if num_tokens:
+            del self._states[-num_tokens:]
+
+    def fork(self) -> OutlinesMatcher:
+        return OutlinesMatcher(self._index, self._vocabulary, list(self._states))
+
+    def forced_tokens(self) -> list[int]:
+        return base.forced_tokens(self, self._vocabulary.mask_words)
+
+    def _allowed(self) -> list[int]:
+        allowed = self._index.get_allowed_tokens(self._states[-1]) or []
+        return [token_id for token_id in allowed if token_id < self._vocabulary.size]
