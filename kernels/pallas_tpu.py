@@ -244,7 +244,7 @@ def make_plan(
         num_tiles=-(-T // query_tile),
         chunk=chunk,
         unit=unit,
-        new_rows=max(SUBLANES, min(unit, _floor_power_of_two((512 << 10) // (K * L * 4)))),
+        new_rows=max(SUBLANES, min(unit, LANES, _floor_power_of_two((512 << 10) // (K * L * 4)))),
         Q=query_tile,
         head_group=head_group,
         lead=LANES,

@@ -17,3 +17,12 @@ def demo_model_path() -> Path:
         return fetch_demo_model()
     except ModelLoadError as error:
         pytest.fail(str(error))
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--kernel-cases", type=int, default=8, help="drawn cases for each kernel (CI: 200)")
+
+
+@pytest.fixture(scope="session")
+def kernel_cases(pytestconfig: pytest.Config) -> int:
+    return int(pytestconfig.getoption("--kernel-cases"))
