@@ -219,6 +219,7 @@ class Scheduler:
             if self.running or holder is None:
                 return False
             self.block_manager.free(holder)
+            self.num_preemptions += holder.status is SequenceStatus.PARKED
         return True
 
     def _youngest_with_blocks(self) -> Sequence:

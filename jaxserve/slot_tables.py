@@ -48,8 +48,9 @@ class SlotTableManager:
             for sequence in missing:
                 self._slot_of[sequence] = slot = self._free.pop()
                 self._write_mask(slot, sequence)
-        for sequence in needing:
-            self._write_biases(self._slot_of[sequence], sequence)
+        for sequence in sequences:  # also of those that need nothing any more
+            if sequence in self._slot_of:
+                self._write_biases(self._slot_of[sequence], sequence)
 
     def slot(self, sequence: Sequence) -> int:
         return self._slot_of.get(sequence, NEUTRAL_SLOT)

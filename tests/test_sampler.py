@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from jaxserve import sampler
+from jaxserve.logits_processors import ProcessorInputs, SlotTables
 from jaxserve.sampler import SamplingInputs, sample
 
 Array = np.ndarray
@@ -32,7 +33,31 @@ def inputs_for(rows: int, **values: Any) -> SamplingInputs:
         name: jnp.broadcast_to(jnp.asarray(values.get(name, default), dtype), (rows,))
         for name, (default, dtype) in neutral.items()
     }
-    return SamplingInputs(**fields)
+    return SamplingInputs(**fields, processors=no_processors(rows))
+
+
+def no_processors(rows: int) -> ProcessorInputs:
+    """Nothing is changed in any row."""
+    zeros, floats = jnp.zeros(rows, jnp.int32), jnp.zeros(rows, jnp.float32)
+    return ProcessorInputs(
+        rows=zeros,
+        num_rows=jnp.int32(0),
+        slot=zeros,
+        num_biases=zeros,
+        prompt_len=zeros,
+        num_counted=zeros,
+        repetition=floats,
+        frequency=floats,
+        presence=floats,
+        normalize=zeros > 0,
+        block_tables=jnp.zeros((rows, 1), jnp.int32),
+        token_pool=jnp.zeros((1, 8), jnp.int32),
+        tables=SlotTables(
+            bias_ids=jnp.zeros((1, 64), jnp.int32),
+            bias_values=jnp.zeros((1, 64)),
+            masks=jnp.full((1, 200), 0xFFFFFFFF, jnp.uint32),
+        ),
+    )
 
 
 jitted_sample = jax.jit(sample, static_argnames=("max_logprobs", "processed_logprobs"))
@@ -98,10 +123,11 @@ def test_draws_only_and_all_of_the_allowed_tokens(
     assert drawn <= allowed
     if len(allowed) <= 8:
         assert drawn == allowed
-    scaled, keep = sampler._processed(
+    scaled, keep, _ = sampler._processed(
         jnp.asarray(logits[None], jnp.float32),
         inputs_for(1, temperature=temperature, **settings),
         jnp.ones(1, bool),
+        1,
     )
     assert set(np.flatnonzero(np.asarray(keep)[0]).tolist()) == allowed
     assert np.isfinite(np.asarray(scaled)).all()

@@ -58,13 +58,20 @@ def options(mode: str) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def llm(model_path: Path) -> LLM:
+def loaded(model_path: Path) -> LLM:
     return LLM(str(model_path), **options("raw"))
 
 
+@pytest.fixture
+def llm(loaded: LLM) -> LLM:
+    """With an engine of its own: engines of one model runner overwrite what the other has cached."""
+    loaded._engine = Engine(loaded.engine.model_runner, tokenizer=loaded.tokenizer)
+    return loaded
+
+
 @pytest.fixture(scope="module")
-def raw(llm: LLM) -> ModelRunner:
-    return llm.engine.model_runner
+def raw(loaded: LLM) -> ModelRunner:
+    return loaded.engine.model_runner
 
 
 @pytest.fixture(scope="module")
