@@ -232,20 +232,27 @@ def openapi_document(config: DocumentConfig) -> Json:
 
 
 def _request_schemas(protocol: ProtocolConfig, chat: Table) -> dict[str, JsonSchema]:
-    text, messages = TOKENIZE_TEXT.json_schema(), tokenize_messages_table(protocol).json_schema()
+    text = _body_schema(TOKENIZE_TEXT, protocol)
+    messages = _body_schema(tokenize_messages_table(protocol), protocol)
     for schema, other in ((text, "messages"), (messages, "prompt")):
         schema["properties"][other] = {"type": "null", "description": "Give one of both."}
-    schemas = {
-        "ChatCompletionRequest": chat.json_schema(),
-        "CompletionRequest": completion_table(protocol).json_schema(),
+    return {
+        "ChatCompletionRequest": _body_schema(chat, protocol),
+        "CompletionRequest": _body_schema(completion_table(protocol), protocol),
         "TokenizeRequest": {"anyOf": [text, messages]},
-        "DetokenizeRequest": detokenize_table(protocol).json_schema(),
+        "DetokenizeRequest": _body_schema(detokenize_table(protocol), protocol),
     }
-    return (
-        {name: _opened(schema) for name, schema in schemas.items()}
-        if protocol.ignore_unknown_fields
-        else schemas
-    )
+
+
+def _body_schema(table: Table, protocol: ProtocolConfig) -> JsonSchema:
+    """Of a table. Where unknown fields are dropped, objects are open, and so must name what is known and refused."""
+    schema = table.json_schema()
+    if not protocol.ignore_unknown_fields:
+        return schema
+    refused = [entry.name for entry in table.fields if not entry.is_served]
+    schema["properties"] |= dict.fromkeys(refused, {"type": "null", "description": "Not served."})
+    opened: JsonSchema = _opened(schema)
+    return opened
 
 
 def _used(kind: str, components: Json, by: Any) -> Json:
@@ -257,7 +264,7 @@ def _used(kind: str, components: Json, by: Any) -> Json:
 
 
 def _opened(schema: Any) -> Any:
-    """The schema for a server that drops unknown fields: closed objects are open."""
+    """The schema with its closed objects open."""
     if isinstance(schema, list):
         return [_opened(member) for member in schema]
     if not isinstance(schema, dict):
@@ -297,7 +304,7 @@ _ERROR_HEADERS = {401: "WWW-Authenticate", 429: "Retry-After", 503: "Retry-After
 _REQUEST_ID: Json = {
     "name": "X-Request-Id",
     "in": "header",
-    "description": "An id for logs and the response; anything else than this pattern is replaced.",
+    "description": "An id for logs and the response: 1 to 128 of A-Z a-z 0-9 . _ : -; anything else is replaced.",
     "schema": {"type": "string"},
 }
 

@@ -386,6 +386,9 @@ async def test_where_unknown_fields_are_dropped_the_schemas_are_open(
         schema = document["components"]["schemas"]["ChatCompletionRequest"]
         assert validator(document, schema).is_valid(body) is (status == 200)
         assert (await app.test_client().post(CHAT, json=body)).status_code == status
+        refused = body | {"vllm_xargs": {}}
+        assert not validator(document, schema).is_valid(refused)
+        assert (await app.test_client().post(CHAT, json=refused)).status_code == 400
 
 
 async def test_its_examples_are_valid_and_served(app: Quart) -> None:
