@@ -250,7 +250,7 @@ def _body_schema(table: Table, protocol: ProtocolConfig) -> JsonSchema:
     if not protocol.ignore_unknown_fields:
         return schema
     refused = [entry.name for entry in table.fields if not entry.is_served]
-    schema["properties"] |= dict.fromkeys(refused, {"type": "null", "description": "Not served."})
+    schema["properties"] |= {name: {"type": "null", "description": "Not served."} for name in refused}
     opened: JsonSchema = _opened(schema)
     return opened
 
