@@ -8,6 +8,7 @@ sequences. A hypothesis' score is the sum of its tokens' log-probabilities divid
 from __future__ import annotations
 
 import heapq
+import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -16,7 +17,6 @@ import numpy.typing as npt
 
 from jaxserve.detokenizer import Detokenizer
 from jaxserve.messages import FinishReason, TopLogprobs
-from jaxserve.sampling_params import SamplingParams
 from jaxserve.sequence import Sequence
 
 
@@ -178,7 +178,11 @@ class BeamSearch:
         return [*parent.logprobs, own]
 
     def _score(self, sum_logprobs: float, length: int) -> float:
-        return sum_logprobs / length**self._params.length_penalty
+        try:
+            power: float = float(length) ** self._params.length_penalty
+            return sum_logprobs / power
+        except (OverflowError, ZeroDivisionError):  # a power beyond doubles: as if it were at their end
+            return 0.0 if self._params.length_penalty > 0 else math.copysign(math.inf, sum_logprobs)
 
     def _is_over(self, best_sum: float, length: int) -> bool:
         """Whether no live beam can still change the result, by the request's own notion of "can"."""

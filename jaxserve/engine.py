@@ -23,7 +23,7 @@ from jaxserve.messages import (
 )
 from jaxserve.model_runner import NO_TOKEN, ModelRunner, StepResult
 from jaxserve.sampling_params import INT64_MAX, SamplingParams
-from jaxserve.scheduler import ScheduledRow, Scheduler, StepPlan
+from jaxserve.scheduler import Scheduler, StepPlan
 from jaxserve.sequence import Sequence
 from jaxserve.slot_tables import MAX_EOS_TOKEN_IDS
 from jaxserve.tokenizer import Tokenizer

@@ -85,7 +85,8 @@ def process_logits(
         row = _penalize(row, inputs, r)
         return lax.dynamic_update_slice_in_dim(out, (row / temperature[r])[None], r, axis=0)
 
-    return lax.fori_loop(0, inputs.num_rows, change, out)
+    changed: jax.Array = lax.fori_loop(0, inputs.num_rows, change, out)
+    return changed
 
 
 def _add_biases(row: jax.Array, inputs: ProcessorInputs, r: jax.Array) -> jax.Array:
@@ -99,13 +100,15 @@ def _add_biases(row: jax.Array, inputs: ProcessorInputs, r: jax.Array) -> jax.Ar
         counts = start + jnp.arange(BIAS_CHUNK, dtype=jnp.int32) < count
         return row.at[jnp.where(counts, chunk_ids, row.shape[0])].add(chunk_values, mode="drop")
 
-    return lax.fori_loop(0, (count + BIAS_CHUNK - 1) // BIAS_CHUNK, add, row)
+    biased: jax.Array = lax.fori_loop(0, (count + BIAS_CHUNK - 1) // BIAS_CHUNK, add, row)
+    return biased
 
 
 def _expand(words: jax.Array, num_tokens: int) -> jax.Array:
     """Packed bits [ceil(V / 32)] → bool [V]."""
     bits = (words[:, None] >> jnp.arange(BITS, dtype=jnp.uint32)) & jnp.uint32(1)
-    return bits.reshape(-1)[:num_tokens].astype(bool)
+    expanded: jax.Array = bits.reshape(-1)[:num_tokens].astype(bool)
+    return expanded
 
 
 def _penalize(row: jax.Array, inputs: ProcessorInputs, r: jax.Array) -> jax.Array:

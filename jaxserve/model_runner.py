@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cached_property
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -251,10 +251,10 @@ class ModelRunner:
         )
         leaves = [jax.ShapeDtypeStruct(s, self.dtype) for s in self._definition.shapes]
         tokens = jax.ShapeDtypeStruct((num_blocks, self.block_size), jnp.int32)
-        pools = Pools(self._spec.abstract(num_blocks), tokens)
+        pools: Any = Pools(self._spec.abstract(num_blocks), tokens)  # type: ignore[arg-type]
         packed = jax.ShapeDtypeStruct((shape.size,), jnp.int32)
         with jax.default_device(self.device):
-            lowered = jax.jit(step, donate_argnums=1).lower(leaves, pools, self._slots.abstract(), packed)
+            lowered = jax.jit(step, donate_argnums=1).lower(leaves, pools, self._slots.on_device(), packed)
             return lowered.compile()
 
     def _execute(self, bucket: int, packed: npt.NDArray[np.int32]) -> StepOutputs:

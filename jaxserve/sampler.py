@@ -98,8 +98,9 @@ def sample(
         none = jnp.zeros((S, max_logprobs))
         return jnp.zeros(S), jnp.zeros(S, jnp.int32), none.astype(jnp.int32), none
 
-    reports = lax.cond(jnp.any(inputs.num_logprobs >= 0), logprobs, no_logprobs)
-    return SampleOutputs(token_ids, *reports, candidates)
+    wants_logprobs = jnp.any(inputs.num_logprobs >= 0)
+    chosen, ranks, top_ids, top_logprobs = lax.cond(wants_logprobs, logprobs, no_logprobs)
+    return SampleOutputs(token_ids, chosen, ranks, top_ids, top_logprobs, candidates)
 
 
 def _argmax(x: jax.Array) -> jax.Array:

@@ -7,7 +7,6 @@ A sequence keeps its slot as long as it is in the plans; who is in none loses it
 from __future__ import annotations
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import numpy.typing as npt
 
@@ -33,11 +32,6 @@ class SlotTableManager:
         self._biases_of: dict[int, tuple[npt.NDArray[np.int32], npt.NDArray[np.float32]]] = {}
         self._free = list(range(num_slots, NEUTRAL_SLOT, -1))
         self._on_device: SlotTables | None = None
-
-    def abstract(self) -> SlotTables:
-        """Shapes and dtypes, to compile for."""
-        arrays = (self._bias_ids, self._bias_values, self._masks)
-        return SlotTables(*(jax.ShapeDtypeStruct(a.shape, a.dtype) for a in arrays))
 
     def assign(self, sequences: list[Sequence]) -> None:
         """Give a slot to each of a step's `sequences` whose request needs one, and bring its row up to date."""

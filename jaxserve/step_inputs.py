@@ -118,7 +118,7 @@ def pack_step(
     buffer = np.zeros(shape.size, np.int32)
     inputs: dict[str, npt.NDArray[np.int32]] = shape.unpack(buffer)
     for name in FLOATS:
-        inputs[name] = inputs[name].view(np.float32)  # type: ignore[assignment]
+        inputs[name] = inputs[name].view(np.float32)
     inputs["num_logprobs"][:] = NO_LOGPROBS
     inputs["top_p"][:] = 1.0
     inputs["repetition"][:] = 1.0

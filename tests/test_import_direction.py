@@ -9,14 +9,14 @@ import pytest
 
 ROOT = Path(__file__).parents[1] / "jaxserve"
 RANKS = [  # from the bottom up; modules of one rank do not import each other
-    "errors kernels kernels.metadata token_bound",
+    "errors kernels kernels.metadata token_bound logits_processors",
     "config sampling_params kernels.reference kernels.blocked_attention",
-    "messages kernels.paged_attention compilation demo_model models models.config",
-    "sequence models.rope models.layers",
+    "messages kernels.pallas_tpu compilation demo_model models models.config",
+    "sequence models.rope models.layers kernels.paged_attention",
     "block_manager models.loader.checkpoint models.loader.hub models.loader.gguf models.loader.safetensors",
-    "models.loader.dummy scheduler", "models.loader tokenizer step_inputs",
+    "models.loader.dummy scheduler slot_tables", "models.loader tokenizer step_inputs",
     "models.llama sampler detokenizer gguf_tokenizer",
-    "generation_config chat_template killable_worker kv_cache step", "template_worker",
+    "generation_config chat_template killable_worker kv_cache step beam_search", "template_worker",
     "constraints constraints.constraint constraints.vocabulary constraints.backends",
     "constraints.regex constraints.backends.base", "constraints.json_schema constraints.grammar",
     "constraints.backends.llguidance constraints.backends.outlines constraints.backends.lm_format_enforcer",
@@ -26,11 +26,13 @@ RANKS = [  # from the bottom up; modules of one rank do not import each other
     "api.protocol api.openapi_responses", "api.openapi", "api.prompts", "api.generation",
     "api.responses",
     "api.metrics api.admission", "api.context", "api.sse api.request_body", "api.respond",
-    "api.chat api.completions api.models api.tokenization api.health api.docs", "api.app", "api.cli api.serving", "api.__main__",
+    "api.chat api.completions api.models api.tokenization api.health api.docs", "api.app",
+    "api.cli api.serving", "api.__main__",
 ]  # fmt: skip
 RANK = {name: rank for rank, names in enumerate(RANKS) for name in names.split()}
 UPWARDS = {("tokenizer", "gguf_tokenizer")}  # deferred: only where a GGUF file is loaded
-JAX = ["models.layers", "models.llama", "kv_cache", "step", "sampler", "compilation", "model_runner"]
+JAX = ["models.layers", "models.llama", "kv_cache", "step", "sampler", "logits_processors", "slot_tables"]
+JAX += ["compilation", "model_runner"]
 MODULES = {
     ".".join(p.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): p
     for p in sorted({*ROOT.rglob("*.py"), *(ROOT / "api").glob("*.py"), *(ROOT / "kernels").glob("*.py")})

@@ -45,14 +45,11 @@ class Variant:
     decode_only: bool = False
     num_cores: int = 1
     max_context: int = 160
+    S: int = 6
 
     @property
     def M(self) -> int:  # noqa: N802
         return -(-self.max_context // self.B)
-
-    @property
-    def S(self) -> int:  # noqa: N802
-        return 6
 
     @property
     def quantized(self) -> bool:
@@ -393,7 +390,7 @@ def moved(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
 @pytest.mark.parametrize("context", [128, 130, 4096, 32768])
 def test_decode_moves_hardly_more_than_it_must(context: int, moved: list[tuple[int, ...]]) -> None:
     """All DMAs of K and V: those read, the new ones, and those written."""
-    variant = Variant(1, 128, 4, 2, 128, decode_only=True, max_context=32768)
+    variant = Variant(1, 128, 2, 1, 128, decode_only=True, max_context=max(context, 256), S=1)
     case = Case(variant, [(context - 1, 1)], seed=0)
     out, _ = case.run(compiled(variant, races=False))
     case.check_output(out)
@@ -403,7 +400,7 @@ def test_decode_moves_hardly_more_than_it_must(context: int, moved: list[tuple[i
 
 
 def test_a_window_reads_hardly_more_than_the_window(moved: list[tuple[int, ...]]) -> None:
-    variant = dataclasses.replace(DECODE[1], max_context=2000)
+    variant = dataclasses.replace(DECODE[1], max_context=2000, S=1, T=1)
     case = Case(variant, [(1999, 1)], seed=0)
     out, _ = case.run(compiled(variant, races=False))
     case.check_output(out)

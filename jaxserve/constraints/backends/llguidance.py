@@ -138,6 +138,7 @@ class LLGuidanceMatcher:
         self._matcher = matcher
         self._tokens = tokens
         self._num_accepted = num_accepted
+        self._mask: NDArray[np.int32] | None = None  # of the place where the text is
 
     @property
     def can_end(self) -> bool:
@@ -145,25 +146,12 @@ class LLGuidanceMatcher:
 
     @property
     def is_complete(self) -> bool:
-        return self.can_end and bool(self._matcher.is_stopped())
+        return self.can_end and not self._text_mask().any()
 
     def fill_mask(self, row: NDArray[np.int32]) -> None:
-        tokens = self._tokens
-        can_end = self.can_end
-        if can_end and self._matcher.is_stopped():
-            row[:] = tokens.eos_mask
-            return
-        own = np.empty(tokens.num_words, np.int32)
-        self._matcher.unsafe_compute_mask_ptr(own.ctypes.data, own.nbytes)
-        if self._matcher.is_error():
-            raise MatcherError(self._matcher.get_error())
-        if self._num_accepted or tokens.first_ids is None:
-            np.bitwise_and(own[: len(row)], tokens.text_mask, out=row)
-        else:
-            bits = unpack(own, tokens.num_ids)[tokens.first_ids]
-            np.bitwise_and(pack_bits(bits, len(row)), tokens.text_mask, out=row)
-        if can_end:
-            row |= tokens.eos_mask
+        row[:] = self._text_mask()
+        if self.can_end:
+            row |= self._tokens.eos_mask
         if not row.any():
             raise DeadEndError
 
@@ -178,18 +166,40 @@ class LLGuidanceMatcher:
         if self._matcher.try_consume_tokens([token_id]) != 1:
             return False
         self._num_accepted += 1
+        self._mask = None
         return True
 
     def rollback(self, num_tokens: int) -> None:
-        if num_tokens and not self._matcher.rollback(num_tokens):
+        if not num_tokens:
+            return
+        if not self._matcher.rollback(num_tokens):
             raise MatcherError(self._matcher.get_error())
         self._num_accepted -= num_tokens
+        self._mask = None
 
     def fork(self) -> LLGuidanceMatcher:
         return LLGuidanceMatcher(self._matcher.deep_copy(), self._tokens, self._num_accepted)
 
     def forced_tokens(self) -> list[int]:
         return base.forced_tokens(self, self._tokens.vocabulary.mask_words)
+
+    def _text_mask(self) -> NDArray[np.int32]:
+        """The tokens with a text that may come next."""
+        if self._mask is None:
+            self._mask = self._compute_mask()
+        return self._mask
+
+    def _compute_mask(self) -> NDArray[np.int32]:
+        tokens, num_words = self._tokens, self._tokens.vocabulary.mask_words
+        if self._matcher.is_stopped() and self.can_end:
+            return np.zeros(num_words, np.int32)
+        own = np.empty(tokens.num_words, np.int32)
+        self._matcher.unsafe_compute_mask_ptr(own.ctypes.data, own.nbytes)
+        if self._matcher.is_error():
+            raise MatcherError(self._matcher.get_error())
+        if self._num_accepted or tokens.first_ids is None:
+            return own[:num_words] & tokens.text_mask
+        return pack_bits(unpack(own, tokens.num_ids)[tokens.first_ids], num_words) & tokens.text_mask
 
 
 class _Tokens(NamedTuple):
