@@ -11,6 +11,7 @@ from typing import Literal
 
 import msgspec
 
+from jaxserve.constraints.constraint import CompiledConstraint
 from jaxserve.sampling_params import SamplingParams
 
 FRAME_HEADER = struct.Struct("<I")
@@ -27,6 +28,7 @@ class AddRequest(msgspec.Struct, frozen=True, kw_only=True, tag="add"):
     params: SamplingParams
     eos_token_ids: tuple[int, ...] = ()
     cache_salt: str | None = None
+    constraint: CompiledConstraint | None = None
 
 
 class AbortRequest(msgspec.Struct, frozen=True, kw_only=True, tag="abort"):
