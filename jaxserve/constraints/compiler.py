@@ -27,6 +27,10 @@ class Compiler:
     def __init__(self, vocabulary: Vocabulary) -> None:
         self._vocabulary = vocabulary
 
+    def prepare(self) -> None:
+        """Make now what the first constraint would have to wait for."""
+        _ = self._llguidance
+
     def compile(self, constraint: Constraint) -> CompiledConstraint:
         """Check and compile, with the backend that was asked for, or else with one that honours all of it.
 

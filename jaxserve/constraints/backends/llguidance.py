@@ -6,7 +6,6 @@ import json
 import math
 import re
 from collections.abc import Iterator
-from functools import cached_property
 from typing import Any, ClassVar, NamedTuple
 
 import llguidance
@@ -32,6 +31,9 @@ from jaxserve.constraints.vocabulary import Vocabulary, pack, pack_bits, unpack
 MAX_MESSAGE_CHARS = 300
 MAX_LEXER_STATES = 50_000  # 1 to 2 kB each, in the engine's memory
 PROBE_TOKENS = 48
+# Where the text has only one continuation, the library would allow only its own choice of tokens for it; and a mask
+# is to hold all tokens that fit.
+OPTIONS = '%llguidance {"no_forcing": true}\n'
 # how the library says that it gave up
 LIMIT_WORDS = re.compile(r"too (?:complex|large|many|big|deep)|limit|exceed|max is|fuel|size", re.IGNORECASE)
 
@@ -75,18 +77,23 @@ class LLGuidanceBackend:
                 _check_near_zero(normal)
                 return self._json_grammar(normal, whitespace.pattern)
             case "regex":
-                return str(LLMatcher.grammar_from_regex(translate_regex(constraint.text)))
+                return self._regex_grammar(translate_regex(constraint.text))
             case "choice":
-                return str(LLMatcher.grammar_from_regex(choices_to_regex(constraint.text)))
+                return self._regex_grammar(choices_to_regex(constraint.text))
             case "grammar":
                 lark = to_lark(constraint.text)
                 check_grammar(lark)
-                return str(LLMatcher.grammar_from_lark(lark))
+                return OPTIONS + lark
 
     @staticmethod
     def _json_grammar(schema: dict[str, Any], whitespace: str) -> str:
         flexible = {"whitespace_pattern": whitespace} if whitespace else {"whitespace_flexible": False}
-        return str(LLMatcher.grammar_from_json_schema(json.dumps(schema), overrides=flexible))
+        return f"{OPTIONS}start: %json {json.dumps({**schema, 'x-guidance': flexible})}"
+
+    @staticmethod
+    def _regex_grammar(regex: str) -> str:
+        (grammar,) = json.loads(LLMatcher.grammar_from_regex(regex))["grammars"]
+        return OPTIONS + str(grammar["lark_grammar"])
 
 
 def _check_near_zero(schema: dict[str, Any]) -> None:
@@ -254,10 +261,5 @@ class _LibraryTokens:
         self.tokens = [token or f"<{i}>".encode() for i, token in enumerate([*tokens, b""])]
         self.special_token_ids = [i for i, token in enumerate([*tokens, b""]) if not token]
 
-    @cached_property
-    def _bytes(self) -> dict[bytes, int]:
-        return {token: i for i, token in enumerate(self.tokens) if len(token) == 1}
-
-    def __call__(self, text: bytes | str) -> list[int]:
-        data = text if isinstance(text, bytes) else text.encode()
-        return [self._bytes[bytes([byte])] for byte in data if bytes([byte]) in self._bytes]
+    def __call__(self, text: bytes | str) -> list[int]:  # noqa: ARG002 - the library's signature
+        return []

@@ -1,11 +1,17 @@
-"""outlines (its core): regexes and choices as automata over the vocabulary.
+"""outlines (its core): choices and simple regexes as automata over the vocabulary.
 
 It has no JSON of its own that is exact (its strings know few escapes, and most keywords are left out without a word)
-and no grammars: what it cannot honour it refuses. An automaton takes long to make, so it travels, made once.
+and no grammars. Its automata (core 0.2) forget the ways that lead on from where a text may end, unless each next byte
+is an end again: of `ab|abcd`, `abcd` cannot be reached. What is exact all the same: choices none of which begins
+another, and ASCII characters and classes of which only the last is repeated without a fixed number. An automaton takes
+long to make, so it travels, made once.
 """
 
 from __future__ import annotations
 
+import json
+import re
+from itertools import pairwise
 from typing import ClassVar
 
 import numpy as np
@@ -25,6 +31,10 @@ from jaxserve.constraints.regex import choices_to_regex, translate_regex
 from jaxserve.constraints.vocabulary import Vocabulary, pack
 
 MAX_ARTIFACT_BYTES = 32 << 20
+_ITEM = r"(?:\\[^\w\s]|\[(?!\^)(?:\\[^\w\s]|[^\]\[\\])+\]|[^\\.\[\](){}|*+?^$])"
+SIMPLE = re.compile(
+    rf"(?:{_ITEM}(?:\{{[1-9][0-9]*\}})?)*{_ITEM}(?:\+|\{{[1-9][0-9]*(?:,[0-9]*)?\}})?", re.ASCII
+)
 
 
 class OutlinesBackend:
@@ -42,8 +52,7 @@ class OutlinesBackend:
             raise ConstraintError(f"outlines serves regexes and choices exactly, not {constraint.kind}.")
         if self._vocabulary.first_tokens:
             raise ConstraintError("outlines knows no tokens whose text differs at the beginning.")
-        choice = constraint.kind == "choice"
-        regex = choices_to_regex(constraint.text) if choice else translate_regex(constraint.text)
+        regex = self._regex(constraint)
         by_bytes: dict[bytes, list[int]] = {}
         for token_id, token in enumerate(self._vocabulary.tokens):
             if token:
@@ -56,6 +65,21 @@ class OutlinesBackend:
         if len(artifact) > MAX_ARTIFACT_BYTES:
             raise TooComplexError("The automaton of the regex is too large.")
         return CompiledConstraint(backend=self.name, source=regex, artifact=bytes(artifact))
+
+    @staticmethod
+    def _regex(constraint: Constraint) -> str:
+        if constraint.kind == "choice":
+            regex = choices_to_regex(constraint.text)
+            choices = sorted(json.loads(constraint.text))
+            if any(longer.startswith(choice) for choice, longer in pairwise(choices)):
+                raise ConstraintError("outlines serves exactly only choices none of which begins another.")
+            return regex
+        regex = translate_regex(constraint.text)
+        if not regex.isascii() or not SIMPLE.fullmatch(regex):
+            raise ConstraintError(
+                "outlines serves exactly only ASCII characters and classes, the last one repeated."
+            )
+        return regex
 
     def matcher(self, compiled: CompiledConstraint) -> OutlinesMatcher:
         try:
