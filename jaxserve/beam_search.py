@@ -15,6 +15,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from jaxserve.constraints.backends.base import MatcherError
 from jaxserve.detokenizer import Detokenizer
 from jaxserve.messages import FinishReason, TopLogprobs
 from jaxserve.sequence import Sequence
@@ -108,7 +109,10 @@ class BeamSearch:
         length = self.beams[0].sequence.num_output_tokens + 1
         survivors: list[Continuation] = []
         for rank, continuation in enumerate(self._best(2 * self._width)):
-            end = self._end_of(continuation, length)
+            try:
+                end = self._end_of(continuation, length)
+            except MatcherError:
+                continue  # its constraint has no way on from there
             if end is None:
                 survivors.append(continuation)
             elif rank < self._width:
@@ -128,6 +132,8 @@ class BeamSearch:
             text.push([token_id])
         logprobs = self._logprobs(continuation)
         sequence.token_ids.append(token_id)
+        if sequence.constraint is not None:
+            sequence.constraint.accept(token_id)
         return Beam(sequence, continuation.sum_logprobs, logprobs, text)
 
     # --- one choice -----------------------------------------------------------------------------------------
@@ -147,6 +153,12 @@ class BeamSearch:
             return _End("stop")
         if token_id in self._params.stop_token_ids:
             return _End("stop", token_id)
+        constraint = continuation.parent.sequence.constraint
+        if constraint is not None:
+            constraint = constraint.fork()
+            constraint.accept(token_id)
+            if constraint.is_complete:
+                return _End("stop")
         if continuation.parent.text is not None:
             stopped = continuation.parent.text.fork().push([token_id]).stopped
             if stopped is not None:

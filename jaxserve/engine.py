@@ -7,11 +7,16 @@ import random
 import time
 from collections.abc import Callable
 
-from jaxserve.beam_search import BeamSearch
+from jaxserve.beam_search import BeamSearch, Continuation, Hypothesis
 from jaxserve.block_manager import BlockManager
 from jaxserve.config import EngineConfig, SchedulerConfig
+from jaxserve.constraints.backends.base import MatcherError
+from jaxserve.constraints.compiler import Compiler
+from jaxserve.constraints.text_constraint import TextConstraint
+from jaxserve.constraints.vocabulary import Vocabulary
 from jaxserve.detokenizer import Detokenizer
 from jaxserve.errors import RequestError
+from jaxserve.logits_processors import BITS
 from jaxserve.messages import (
     AbortRequest,
     AddRequest,
@@ -27,6 +32,9 @@ from jaxserve.scheduler import Scheduler, StepPlan
 from jaxserve.sequence import Sequence
 from jaxserve.slot_tables import MAX_EOS_TOKEN_IDS
 from jaxserve.tokenizer import Tokenizer
+
+
+NO_TOKEN_POSSIBLE = "no token is possible under the request's own masks"
 
 
 class Engine:
@@ -53,6 +61,7 @@ class Engine:
         self.scheduler = Scheduler(self.limits, self.block_manager)
         self._requests: dict[str, list[Sequence]] = {}
         self._beam_searches: dict[str, BeamSearch] = {}
+        self._compilers: dict[tuple[int, ...], Compiler] = {}
         self._order = itertools.count()
         self._seeds = random.Random(seed)
         self._last_step_s = 0.0
@@ -100,6 +109,7 @@ class Engine:
             for index in range(1 if params.use_beam_search else params.num_sequences)
         ]
         sequences[0].siblings = sequences[1:]
+        self._constrain(sequences, request)
         self._requests[request.request_id] = sequences
         if params.use_beam_search:
             self._beam_searches[request.request_id] = BeamSearch(sequences[0], self._stop_finder(params))
@@ -201,8 +211,12 @@ class Engine:
         token_id = result.token_id(index)
         if token_id == NO_TOKEN:
             sequence.finish("error")
-            return self._end(sequence, error="no token is possible under the request's own masks")
-        sequence.append_token(token_id)
+            return self._end(sequence, error=NO_TOKEN_POSSIBLE)
+        try:
+            sequence.append_token(token_id)
+        except MatcherError as error:
+            sequence.finish("error")
+            return self._end(sequence, error=str(error))
         params = sequence.params
         logprobs = [result.logprobs(index, params.logprobs or 0)] if params.reports_logprobs else None
         if sequence.finish_reason is not None:
@@ -258,21 +272,24 @@ class Engine:
             return []
         survivors = search.advance()
         if not survivors:
-            return self._end_beam_search(sequence.request_id, search)
+            return self._end_beam_search(sequence.request_id, search.results)
+        self._fork_beams(search, survivors)
+        return []
+
+    def _fork_beams(self, search: BeamSearch, survivors: list[Continuation]) -> None:
         heirs = {survivor.parent: survivor for survivor in reversed(survivors)}  # the best one takes over
         sequences = [
             s.parent.sequence if heirs[s.parent] is s else self.scheduler.fork(s.parent.sequence)
             for s in survivors
         ]
+        self._requests[sequences[0].request_id] = list(sequences)
         for beam in search.beams:
             if beam not in heirs:
                 self.scheduler.finish(beam.sequence)
         search.beams = [search.take(s, own) for s, own in zip(survivors, sequences, strict=True)]
-        self._requests[sequence.request_id] = list(sequences)
         self.scheduler.resume(sequences)
-        return []
 
-    def _end_beam_search(self, request_id: str, search: BeamSearch) -> list[SequenceOutput]:
+    def _end_beam_search(self, request_id: str, results: list[Hypothesis]) -> list[SequenceOutput]:
         """Give the results whole. If fewer than n sequences are possible at all, the last one stands for the rest."""
         sequences = self._requests[request_id]
         num_cached_tokens, n = sequences[0].num_cached_tokens, sequences[0].params.n
@@ -280,10 +297,10 @@ class Engine:
             sequence.finish("stop")
             self.scheduler.finish(sequence)
             self._forget(sequence)
-        if not search.results:
-            error = "no token is possible under the request's own masks"
+        if not results:
+            error = NO_TOKEN_POSSIBLE
             return [SequenceOutput(request_id, i, [], finish_reason="error", error=error) for i in range(n)]
-        results = search.results + search.results[-1:] * (n - len(search.results))
+        results = results + results[-1:] * (n - len(results))
         return [
             SequenceOutput(
                 request_id,
@@ -311,6 +328,43 @@ class Engine:
         if not live:
             del self._requests[sequence.request_id]
             self._beam_searches.pop(sequence.request_id, None)
+
+    def _constrain(self, sequences: list[Sequence], request: AddRequest) -> None:
+        """Give each sequence its place in the request's constraint.
+
+        Raises:
+            RequestError: the constraint cannot be used.
+        """
+        if request.constraint is None:
+            return
+        num_words = -(-self.model_runner.model_config.vocab_size // BITS)
+        try:
+            matcher = self.constraint_compiler(request.eos_token_ids).matcher(request.constraint)
+            first = TextConstraint(matcher, num_words)
+        except MatcherError as error:
+            raise RequestError(
+                f"The constraint cannot be used: {error}.", code="invalid_constraint"
+            ) from error
+        for sequence in sequences:
+            sequence.constraint = first if sequence is sequences[0] else first.fork()
+
+    def constraint_compiler(self, eos_token_ids: tuple[int, ...]) -> Compiler:
+        """For texts that end with these ids; made once.
+
+        Raises:
+            RequestError: this engine cannot constrain texts.
+        """
+        compiler = self._compilers.get(eos_token_ids)
+        if compiler is None:
+            if self.tokenizer is None:
+                raise RequestError("Constraints need a tokenizer in the engine.", code="invalid_constraint")
+            vocab_size = self.model_runner.model_config.vocab_size
+            try:
+                vocabulary = Vocabulary.of(self.tokenizer, vocab_size, eos_token_ids)
+            except ValueError as error:
+                raise RequestError(f"This model's text cannot be constrained: {error}.") from error
+            compiler = self._compilers[eos_token_ids] = Compiler(vocabulary)
+        return compiler
 
     def _check(self, request: AddRequest) -> None:
         """The front checks all of this before; a request that slips through must not harm others."""

@@ -8,6 +8,7 @@ a slow reader on the other side never delays a step. The process ends when the s
 from __future__ import annotations
 
 import argparse
+import contextlib
 import ctypes
 import gc
 import logging
@@ -18,7 +19,7 @@ import socket
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
@@ -40,6 +41,9 @@ from jaxserve.messages import (
 )
 from jaxserve.models.loader.hub import resolve_model
 from jaxserve.tokenizer import Tokenizer, load_tokenizer
+
+if TYPE_CHECKING:
+    from jaxserve.engine import Engine
 
 logger = logging.getLogger("jaxserve.engine")
 PR_SET_PDEATHSIG = 1  # <sys/prctl.h>
@@ -124,6 +128,7 @@ def serve(connection: Connection, config: EngineConfig) -> None:
     gc.enable()
     gc.freeze()
     connection.send(engine.info())
+    _warm_up_constraints(engine)
     while True:
         while not engine.has_work or not connection.received.empty():
             message = connection.received.get()
@@ -140,6 +145,13 @@ def serve(connection: Connection, config: EngineConfig) -> None:
                 case Shutdown():
                     return
         connection.send(engine.step())
+
+
+def _warm_up_constraints(engine: Engine) -> None:
+    """The first constraint would make all streams wait for the vocabulary's preparation."""
+    if engine.tokenizer is not None:
+        with contextlib.suppress(RequestError):  # said to whoever asks for one
+            engine.constraint_compiler(engine.tokenizer.eos_token_ids).prepare()
 
 
 def _load_tokenizer(config: EngineConfig) -> Tokenizer | None:

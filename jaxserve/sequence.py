@@ -7,6 +7,7 @@ from enum import Enum
 
 import numpy as np
 
+from jaxserve.constraints.text_constraint import TextConstraint
 from jaxserve.messages import FinishReason
 from jaxserve.sampling_params import SamplingParams
 
@@ -32,13 +33,14 @@ class Sequence:
         num_cached_tokens: prompt tokens whose KV came from the prefix cache when it was first scheduled.
         siblings: sequences of the same request that have not been forked off yet. They join once everything
             but the last prompt token is computed, sharing this sequence's blocks.
+        constraint: where the text is in what it must be; None if it is free.
         num_rated_tokens: prompt tokens whose prompt logprobs have been reported; the first one has none.
         order: requests in order of arrival.
         scheduled_at: `time.monotonic()` of its first step, None before.
     """
 
     __slots__ = (
-        "block_hashes", "block_table", "cache_salt", "eos_token_ids", "finish_reason", "index", "max_len",
+        "block_hashes", "block_table", "cache_salt", "constraint", "eos_token_ids", "finish_reason", "index", "max_len",
         "num_cached_tokens", "num_computed_tokens", "num_prompt_tokens", "num_rated_tokens", "order", "params",
         "request_id", "scheduled_at", "seed", "siblings", "status", "stop_reason", "token_ids",
     )  # fmt: skip
@@ -69,6 +71,7 @@ class Sequence:
         self.block_hashes: list[bytes] = []
         self.num_computed_tokens = 0
         self.num_cached_tokens = 0
+        self.constraint: TextConstraint | None = None
         self.num_rated_tokens = 1
         self.siblings: list[Sequence] = []
         self.order = order
@@ -119,6 +122,7 @@ class Sequence:
             order=self.order,
         )
         child.token_ids = list(self.token_ids)
+        child.constraint = None if self.constraint is None else self.constraint.fork()
         child.num_rated_tokens = self.num_rated_tokens
         child.scheduled_at = self.scheduled_at
         child.status = self.status
@@ -126,12 +130,20 @@ class Sequence:
 
     def append_token(self, token_id: int) -> None:
         """Add a sampled token and decide whether it is the last one (contract §4.4: end of sequence, stop
-        token, length; stop strings are the detokenizing side's business)."""
+        token, length; stop strings are the detokenizing side's business).
+
+        Raises:
+            MatcherError: its constraint cannot go on.
+        """
         self.token_ids.append(token_id)
+        if self.constraint is not None:
+            self.constraint.accept(token_id)
         if token_id in self.eos_token_ids and not self.params.ignore_eos:
             self.finish("stop")
         elif token_id in self.params.stop_token_ids:
             self.finish("stop", stop_reason=token_id)
+        elif self.constraint is not None and self.constraint.is_complete:
+            self.finish("stop")
         elif len(self.token_ids) >= self.max_len:
             self.finish("length")
 

@@ -6,6 +6,8 @@ A sequence keeps its slot as long as it is in the plans; who is in none loses it
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import numpy as np
 import numpy.typing as npt
@@ -16,7 +18,9 @@ from jaxserve.sequence import Sequence
 
 NEUTRAL_SLOT = 0
 MAX_EOS_TOKEN_IDS = 64
-MAX_BIASES = MAX_LOGIT_BIASES + MAX_BAD_WORD_TOKENS + MAX_STOP_TOKEN_IDS + MAX_EOS_TOKEN_IDS  # a multiple of 64
+MAX_BIASES = (
+    MAX_LOGIT_BIASES + MAX_BAD_WORD_TOKENS + MAX_STOP_TOKEN_IDS + MAX_EOS_TOKEN_IDS
+)  # a multiple of 64
 
 
 class SlotTableManager:
@@ -31,7 +35,8 @@ class SlotTableManager:
         self._slot_of: dict[Sequence, int] = {}
         self._biases_of: dict[int, tuple[npt.NDArray[np.int32], npt.NDArray[np.float32]]] = {}
         self._free = list(range(num_slots, NEUTRAL_SLOT, -1))
-        self._on_device: SlotTables | None = None
+        self._biases_on_device: tuple[jax.Array, jax.Array] | None = None
+        self._masks_on_device: jax.Array | None = None
 
     def assign(self, sequences: list[Sequence]) -> None:
         """Give a slot to each of a step's `sequences` whose request needs one, and bring its row up to date."""
@@ -41,10 +46,13 @@ class SlotTableManager:
             self._evict(keep=set(needing))
             for sequence in missing:
                 self._slot_of[sequence] = slot = self._free.pop()
-                self._write_mask(slot, sequence)
+                self._write_mask(slot, _allowed_mask(sequence, self._masks.shape[1]))
         for sequence in sequences:  # also of those that need nothing any more
             if sequence in self._slot_of:
-                self._write_biases(self._slot_of[sequence], sequence)
+                slot = self._slot_of[sequence]
+                self._write_biases(slot, sequence)
+                if sequence.constraint is not None:
+                    self._write_mask(slot, sequence.constraint.mask.view(np.uint32))
 
     def slot(self, sequence: Sequence) -> int:
         return self._slot_of.get(sequence, NEUTRAL_SLOT)
@@ -56,11 +64,16 @@ class SlotTableManager:
 
     def on_device(self) -> SlotTables:
         """The tables as they are now."""
-        if self._on_device is None:
-            # a copy each: the CPU device may use the host's memory as it is
-            arrays = (self._bias_ids.copy(), self._bias_values.copy(), self._masks.copy())
-            self._on_device = SlotTables(*(jax.device_put(a, self._device) for a in arrays))
-        return self._on_device
+        if self._biases_on_device is None:
+            self._biases_on_device = self._send(self._bias_ids), self._send(self._bias_values)
+        if self._masks_on_device is None:
+            self._masks_on_device = self._send(self._masks)
+        return SlotTables(*self._biases_on_device, self._masks_on_device)
+
+    def _send(self, array: npt.NDArray[Any]) -> jax.Array:
+        # a copy: the CPU device may use the host's memory as it is
+        sent: jax.Array = jax.device_put(array.copy(), self._device)
+        return sent
 
     def _evict(self, keep: set[Sequence]) -> None:
         for sequence in [s for s in self._slot_of if s not in keep]:
@@ -68,16 +81,10 @@ class SlotTableManager:
             self._biases_of.pop(slot, None)
             self._free.append(slot)
 
-    def _write_mask(self, slot: int, sequence: Sequence) -> None:
-        allowed = sequence.params.allowed_token_ids
-        mask = np.full(self._masks.shape[1], 0xFFFFFFFF, np.uint32)
-        if allowed is not None:
-            bits = np.zeros(self._masks.shape[1] * BITS, np.uint8)
-            bits[list(allowed)] = 1
-            mask = np.packbits(bits, bitorder="little").view(np.uint32)
+    def _write_mask(self, slot: int, mask: npt.NDArray[np.uint32]) -> None:
         if not np.array_equal(self._masks[slot], mask):
             self._masks[slot] = mask
-            self._on_device = None
+            self._masks_on_device = None
 
     def _write_biases(self, slot: int, sequence: Sequence) -> None:
         ids, values = biases(sequence)
@@ -87,7 +94,7 @@ class SlotTableManager:
         self._biases_of[slot] = ids, values
         self._bias_ids[slot, : len(ids)] = ids
         self._bias_values[slot, : len(ids)] = values
-        self._on_device = None
+        self._biases_on_device = None
 
 
 def needs_slot(sequence: Sequence) -> bool:
@@ -95,10 +102,20 @@ def needs_slot(sequence: Sequence) -> bool:
     params = sequence.params
     return bool(
         params.logit_bias
+        or sequence.constraint is not None
         or params.allowed_token_ids is not None
         or params.bad_words_token_ids
         or sequence.num_output_tokens < params.min_tokens
     )
+
+
+def _allowed_mask(sequence: Sequence, num_words: int) -> npt.NDArray[np.uint32]:
+    allowed = sequence.params.allowed_token_ids
+    if allowed is None:
+        return np.full(num_words, 0xFFFFFFFF, np.uint32)
+    bits = np.zeros(num_words * BITS, np.uint8)
+    bits[list(allowed)] = 1
+    return np.packbits(bits, bitorder="little").view(np.uint32)
 
 
 def biases(sequence: Sequence) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float32]]:

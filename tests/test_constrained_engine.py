@@ -1,0 +1,159 @@
+"""Constraints in the engine: the text is valid whatever else is asked for, and nobody else notices."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+
+from jaxserve import LLM, SamplingParams
+from jaxserve.constraints.constraint import CompiledConstraint, Constraint
+from jaxserve.engine import Engine
+from jaxserve.messages import AddRequest, SequenceOutput
+from tests.tiny_llama import BASE
+
+SCHEMA = {
+    "type": "object",
+    "properties": {
+        "name": {"type": "string", "maxLength": 8},
+        "age": {"type": "integer", "minimum": 0, "maximum": 150},
+    },
+    "required": ["name", "age"],
+    "additionalProperties": False,
+}
+REGEX = r"[a-f]{3,6}-\d{2}"
+CHOICES = ["positive", "negative", "neg"]
+
+
+@pytest.fixture(scope="module")
+def llm(demo_model_path: Path, tmp_path_factory: pytest.TempPathFactory) -> LLM:
+    """Random weights over the demo model's vocabulary: every token is about as likely as any other."""
+    model = tmp_path_factory.mktemp("tiny")
+    (model / "config.json").write_text(json.dumps(BASE | {"vocab_size": 49152}))
+    options: dict[str, Any] = {"tokenizer": str(demo_model_path), "kv_cache_memory_bytes": 8 << 20}
+    options |= {"load_format": "dummy", "compilation_cache": False}
+    return LLM(str(model), max_num_seqs=16, max_num_batched_tokens=64, **options)
+
+
+def compiled(llm: LLM, kind: Any, text: str) -> CompiledConstraint:
+    return llm.engine.constraint_compiler(llm._eos_token_ids).compile(Constraint(kind=kind, text=text))
+
+
+def generate(
+    llm: LLM, engine: Engine, requests: dict[str, tuple[SamplingParams, CompiledConstraint | None]]
+) -> dict[str, list[SequenceOutput]]:
+    """All at once; every output in order."""
+    outputs: dict[str, list[SequenceOutput]] = {name: [] for name in requests}
+    for name, (params, constraint) in requests.items():
+        engine.add_request(
+            AddRequest(
+                request_id=name,
+                prompt_token_ids=[5, 6, 7, 8],
+                params=params,
+                eos_token_ids=llm._eos_token_ids,
+                constraint=constraint,
+            )
+        )
+    while engine.has_work:
+        for output in engine.step().outputs:
+            outputs[output.request_id].append(output)
+        engine.scheduler.check_integrity()
+    assert engine.block_manager.usage == 0.0
+    return outputs
+
+
+def texts(llm: LLM, outputs: list[SequenceOutput]) -> dict[int, str]:
+    ids: dict[int, list[int]] = {}
+    for output in outputs:
+        ids.setdefault(output.index, []).extend(output.token_ids)
+    return {index: llm.tokenizer.decode(tokens, skip_special_tokens=True) for index, tokens in ids.items()}
+
+
+def is_valid(kind: str, text: str) -> bool:
+    if kind == "regex":
+        return re.fullmatch(REGEX, text) is not None
+    if kind == "choice":
+        return text in CHOICES
+    jsonschema.validate(json.loads(text), SCHEMA)
+    return True
+
+
+CONSTRAINTS = {"json_schema": json.dumps(SCHEMA), "regex": REGEX, "choice": json.dumps(CHOICES)}
+FEATURES: dict[str, dict[str, Any]] = {
+    "sampled": {"temperature": 1.0},
+    "hot": {"temperature": 2.0, "repetition_penalty": 1.3, "frequency_penalty": 1.0},
+    "greedy": {"temperature": 0.0},
+    "narrow": {"temperature": 1.0, "top_k": 5, "top_p": 0.9, "min_p": 0.01},
+    "n": {"temperature": 1.0, "n": 3},
+    "best of": {"temperature": 1.0, "n": 1, "best_of": 4},
+    "beams": {"temperature": 0.0, "use_beam_search": True, "n": 3, "best_of": 3},
+    "logprobs": {"temperature": 1.0, "logprobs": 5, "prompt_logprobs": 2},
+    "min_tokens": {"temperature": 1.0, "min_tokens": 30},
+    "biased": {"temperature": 1.0, "logit_bias": ((11, 100.0), (12, -100.0))},
+}
+
+
+@pytest.mark.parametrize("kind", CONSTRAINTS)
+def test_the_text_is_valid_whatever_else_is_asked_for_all_in_one_batch(llm: LLM, kind: str) -> None:
+    constraint = compiled(llm, kind, CONSTRAINTS[kind])
+    requests = {
+        f"{name}/{seed}": (SamplingParams(max_tokens=200, seed=seed, **features), constraint)
+        for name, features in FEATURES.items()
+        for seed in range(3)
+    }
+    for name, outputs in generate(llm, llm.engine, requests).items():
+        params = requests[name][0]
+        found = texts(llm, outputs)
+        assert len(found) == (params.n if params.use_beam_search else params.num_sequences)
+        ends = [o.finish_reason for o in outputs if o.finish_reason is not None]
+        assert set(ends) == {"stop"}, name
+        for text in found.values():
+            assert is_valid(kind, text), (name, text)
+
+
+def test_the_unconstrained_get_the_same_beside_constrained_ones(llm: LLM) -> None:
+    free: Any = {f"free/{i}": (SamplingParams(max_tokens=40, seed=i), None) for i in range(6)}
+    constraint = compiled(llm, "regex", REGEX)
+    bound: Any = {f"bound/{i}": (SamplingParams(max_tokens=40, seed=i), constraint) for i in range(6)}
+    alone = generate(llm, llm.engine, free)
+    mixed = generate(llm, llm.engine, {**free, **bound})
+    for name in free:
+        assert [o.token_ids for o in mixed[name]] == [o.token_ids for o in alone[name]]
+
+
+def test_a_cut_text_is_a_prefix_of_a_valid_one(llm: LLM) -> None:
+    constraint = compiled(llm, "choice", json.dumps(["aaaa bbbb cccc dddd eeee ffff gggg"]))
+    (outputs,) = generate(
+        llm, llm.engine, {"cut": (SamplingParams(max_tokens=3, seed=1), constraint)}
+    ).values()
+    assert outputs[-1].finish_reason == "length"
+    assert "aaaa bbbb cccc dddd eeee ffff gggg".startswith(texts(llm, outputs)[0])
+
+
+def test_preemption_and_small_budgets_change_nothing(llm: LLM) -> None:
+    constraint = compiled(llm, "json_schema", CONSTRAINTS["json_schema"])
+    requests: Any = {str(i): (SamplingParams(max_tokens=100, seed=i), constraint) for i in range(8)}
+    wide = generate(llm, llm.engine, requests)
+    runner = llm.engine.model_runner
+    limits = replace(llm.engine.limits, num_blocks=9, max_model_len=128, max_num_batched_tokens=5)
+    small = Engine(runner, limits, tokenizer=llm.tokenizer)
+    narrow = generate(llm, small, requests)
+    assert small.scheduler.num_preemptions > 0
+    llm._engine = Engine(runner, tokenizer=llm.tokenizer)  # what the other wrote is not this one's cache
+    for name in requests:
+        assert texts(llm, narrow[name]) == texts(llm, wide[name])
+
+
+def test_a_constraint_of_which_no_token_is_left_ends_that_request_alone(llm: LLM) -> None:
+    constraint = compiled(llm, "choice", json.dumps(["a"]))
+    (a,) = llm.tokenizer.encode("a", add_special_tokens=False)
+    banned = SamplingParams(max_tokens=5, bad_words_token_ids=((a,),), seed=1)
+    free = SamplingParams(max_tokens=5, seed=1)
+    outputs = generate(llm, llm.engine, {"bad": (banned, constraint), "good": (free, None)})
+    assert outputs["bad"][-1].finish_reason == "error"
+    assert outputs["good"][-1].finish_reason in ("length", "stop")
