@@ -33,7 +33,6 @@ from jaxserve.sequence import Sequence
 from jaxserve.slot_tables import MAX_EOS_TOKEN_IDS
 from jaxserve.tokenizer import Tokenizer
 
-
 NO_TOKEN_POSSIBLE = "no token is possible under the request's own masks"
 
 

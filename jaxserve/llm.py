@@ -65,12 +65,12 @@ class LLM:
     def __init__(self, model: str, *, skip_tokenizer: bool = False, **options: Any) -> None:
         path = resolve_model(model)
         self._tokenizer: Tokenizer | None = None
-        self._eos_token_ids: tuple[int, ...] = ()
+        self.eos_token_ids: tuple[int, ...] = ()
         if not skip_tokenizer:
             source = options.get("tokenizer")
             self._tokenizer = load_tokenizer(resolve_model(source) if source else path)
             defaults = load_generation_defaults(path, "none", {}, self._tokenizer)
-            self._eos_token_ids = defaults.eos_token_ids
+            self.eos_token_ids = defaults.eos_token_ids
         self._engine = Engine.load(EngineConfig(model=str(path), **options), tokenizer=self._tokenizer)
         self._request_ids = itertools.count()
 
@@ -108,7 +108,7 @@ class LLM:
         for prompt, one in zip(batch, each, strict=True):
             request_id = f"llm-{next(self._request_ids)}"
             running[request_id] = _Running(self, request_id, prompt, one)
-        requests = [r.request(self._eos_token_ids) for r in running.values()]
+        requests = [r.request(self.eos_token_ids) for r in running.values()]
         for request in requests:
             self._check_length(request)
         try:

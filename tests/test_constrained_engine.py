@@ -41,7 +41,7 @@ def llm(demo_model_path: Path, tmp_path_factory: pytest.TempPathFactory) -> LLM:
 
 
 def compiled(llm: LLM, kind: Any, text: str) -> CompiledConstraint:
-    return llm.engine.constraint_compiler(llm._eos_token_ids).compile(Constraint(kind=kind, text=text))
+    return llm.engine.constraint_compiler(llm.eos_token_ids).compile(Constraint(kind=kind, text=text))
 
 
 def generate(
@@ -55,7 +55,7 @@ def generate(
                 request_id=name,
                 prompt_token_ids=[5, 6, 7, 8],
                 params=params,
-                eos_token_ids=llm._eos_token_ids,
+                eos_token_ids=llm.eos_token_ids,
                 constraint=constraint,
             )
         )
@@ -136,7 +136,7 @@ def test_a_cut_text_is_a_prefix_of_a_valid_one(llm: LLM) -> None:
 
 
 def test_preemption_and_small_budgets_change_nothing(llm: LLM) -> None:
-    constraint = compiled(llm, "json_schema", CONSTRAINTS["json_schema"])
+    constraint = compiled(llm, "regex", r"(?:[a-z]\d){30,40}")
     requests: Any = {str(i): (SamplingParams(max_tokens=100, seed=i), constraint) for i in range(8)}
     wide = generate(llm, llm.engine, requests)
     runner = llm.engine.model_runner

@@ -1,0 +1,134 @@
+"""What a decode step costs, by feature: python scripts/bench_step.py MODEL [--batch 16] [--steps 60].
+
+In-process, no server. Each variant is measured in turn, several times around, and reported as the median of its steps
+and as a ratio to plain greedy decoding in the same rounds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from jaxserve import LLM, SamplingParams
+from jaxserve.constraints.constraint import CompiledConstraint, Constraint
+from jaxserve.messages import AbortRequest, AddRequest
+
+SCHEMA = {"type": "array", "items": {"type": "string"}, "minItems": 400}
+
+
+class Variant(NamedTuple):
+    """`params` for sequence i; `every`: only each every-th sequence is constrained."""
+
+    params: Callable[[int], dict[str, Any]]
+    every: int = 0
+
+
+def _mixed(i: int) -> dict[str, Any]:
+    features: list[dict[str, Any]] = [
+        {"temperature": 1.0, "top_p": 0.9, "top_k": 50, "min_p": 0.02},
+        {"temperature": 0.8, "repetition_penalty": 1.2, "presence_penalty": 0.5, "frequency_penalty": 0.3},
+        {"temperature": 1.0, "logit_bias": tuple((j, 0.5) for j in range(300))},
+        {"temperature": 0.0, "bad_words_token_ids": ((5, 6), (7,)), "min_tokens": 1000, "logprobs": 5},
+    ]
+    return features[i % len(features)]
+
+
+VARIANTS: dict[str, Variant] = {
+    "greedy": Variant(lambda i: {"temperature": 0.0}),
+    "temperature": Variant(lambda i: {"temperature": 1.0}),
+    "top_p 0.9, top_k 50, min_p": Variant(lambda i: _mixed(0)),
+    "penalties": Variant(lambda i: _mixed(1)),
+    "logit_bias, 300 entries": Variant(lambda i: _mixed(2)),
+    "logprobs 5": Variant(lambda i: {"temperature": 0.0, "logprobs": 5}),
+    "all features in one batch": Variant(_mixed),
+    "half constrained": Variant(lambda i: {"temperature": 0.0}, every=2),
+    "all constrained": Variant(lambda i: {"temperature": 0.0}, every=1),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("model")
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--context", type=int, default=128)
+    parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--rounds", type=int, default=3)
+    args = parser.parse_args()
+    llm = LLM(args.model, max_model_len=1024)
+    schema = Constraint(kind="json_schema", text=json.dumps(SCHEMA))
+    constraint = llm.engine.constraint_compiler(llm.eos_token_ids).compile(schema)
+    times: dict[str, list[float]] = {name: [] for name in VARIANTS}
+    for _ in range(args.rounds):
+        for name, variant in VARIANTS.items():
+            times[name].append(_decode(llm, variant, constraint, args))
+    base = statistics.median(times["greedy"])
+    for name, values in times.items():
+        median = statistics.median(values)
+        spread = f"{min(values):.1f} - {max(values):.1f}"
+        print(f"{name:30s} {median:7.1f} ms ({spread})  {median / base:.3f} x")
+    beams, plain = _sequences(llm, args, beams=True), _sequences(llm, args, beams=False)
+    print(f"beam search of width 4, 64 tokens: {beams:.2f} s; 4 greedy sequences: {plain:.2f} s; {beams / plain:.2f} x")
+    rated, unrated = _prefill(llm, args, 1), _prefill(llm, args, None)
+    print(f"prompt of 512 tokens: {unrated:.2f} s, with prompt_logprobs {rated:.2f} s; {rated / unrated:.2f} x")
+
+
+def _prompt(args: argparse.Namespace, length: int | None = None) -> list[int]:
+    rng = np.random.default_rng()
+    return [int(i) for i in rng.integers(100, 40000, length or args.context)]
+
+
+def _decode(
+    llm: LLM, variant: Variant, constraint: CompiledConstraint, args: argparse.Namespace
+) -> float:
+    """Median milliseconds of a step in which all sequences decode."""
+    engine = llm.engine
+    for i in range(args.batch):
+        engine.add_request(
+            AddRequest(
+                request_id=str(i),
+                prompt_token_ids=_prompt(args),
+                params=SamplingParams(max_tokens=800, ignore_eos=True, seed=i, **variant.params(i)),
+                eos_token_ids=llm.eos_token_ids,
+                constraint=constraint if variant.every and i % variant.every == 0 else None,
+            )
+        )
+    taken = []
+    while len(taken) < args.steps:
+        started = time.perf_counter()
+        outputs = engine.step()
+        if outputs.stats.num_tokens == args.batch:
+            taken.append((time.perf_counter() - started) * 1000)
+    for i in range(args.batch):
+        engine.abort_request(AbortRequest(request_id=str(i)))
+    return statistics.median(taken)
+
+
+def _sequences(llm: LLM, args: argparse.Namespace, *, beams: bool) -> float:
+    """Seconds for one beam search of width 4, or for four greedy sequences, median of three."""
+    seconds = []
+    for _ in range(3):
+        params: dict[str, Any] = {"temperature": 0.0, "max_tokens": 64, "ignore_eos": True, "n": 4}
+        started = time.perf_counter()
+        llm.generate([_prompt(args)], SamplingParams(use_beam_search=beams, **params))
+        seconds.append(time.perf_counter() - started)
+    return statistics.median(seconds)
+
+
+def _prefill(llm: LLM, args: argparse.Namespace, prompt_logprobs: int | None) -> float:
+    seconds = []
+    for _ in range(3):
+        params = SamplingParams(max_tokens=1, prompt_logprobs=prompt_logprobs)
+        started = time.perf_counter()
+        llm.generate([_prompt(args, 512)], params)
+        seconds.append(time.perf_counter() - started)
+    return statistics.median(seconds)
+
+
+if __name__ == "__main__":
+    main()
