@@ -12,7 +12,7 @@ import pytest
 
 from jaxserve.constraints.backends.base import DeadEndError
 from jaxserve.constraints.compiler import Compiler
-from jaxserve.constraints.constraint import BackendName, Constraint, ConstraintError
+from jaxserve.constraints.constraint import BackendName, Constraint, ConstraintError, TooComplexError
 from jaxserve.constraints.vocabulary import Vocabulary, pack, pack_bits, unpack
 from jaxserve.tokenizer import load_tokenizer
 from tests.constraint_walks import BYTE_COMPILER, BYTE_EOS, BYTES, allowed_tokens, walk
@@ -305,3 +305,6 @@ def test_random_tokens_of_the_demo_model_make_valid_texts(demo_model_path: Path)
             ended += complete
             assert not complete or check(tokenizer.decode(tokens, skip_special_tokens=False))
         assert ended
+
+    with pytest.raises(TooComplexError):
+        compiler.compile(Constraint(kind="regex", text="(.*[a-f].{0,90}){90}"))

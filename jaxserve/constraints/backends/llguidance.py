@@ -34,6 +34,8 @@ PROBE_TOKENS = 48
 # Where the text has only one continuation, the library would allow only its own choice of tokens for it; and a mask
 # is to hold all tokens that fit.
 OPTIONS = '%llguidance {"no_forcing": true}\n'
+# in the grammar that is made here around a schema
+PLACE = re.compile(r"^at \d+\(\d+\): failed to compile JSON schema: ")
 # how the library says that it gave up
 LIMIT_WORDS = re.compile(r"too (?:complex|large|many|big|deep)|limit|exceed|max is|fuel|size", re.IGNORECASE)
 
@@ -133,7 +135,11 @@ def _subschemas(schema: Any) -> Iterator[dict[str, Any]]:
 
 
 def _refused(message: str) -> ConstraintError:
-    first = message.strip().partition("\n")[0][:MAX_MESSAGE_CHARS]
+    first = PLACE.sub("", message.strip().partition("\n")[0])[:MAX_MESSAGE_CHARS]
+    if first.startswith("oneOf constraints are not supported"):
+        return ConstraintError(
+            "The keyword oneOf is only supported if no two of its branches can be valid at once."
+        )
     kind = TooComplexError if LIMIT_WORDS.search(first) else ConstraintError
     return kind(f"The constraint cannot be enforced: {first.rstrip('.')}.")
 
