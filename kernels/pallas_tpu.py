@@ -983,8 +983,8 @@ class _Step:
             pl.when(opens(item))(lambda: query_copy(item).start())
 
         def consume(item: Item, slot: jax.Array) -> None:
-            group, row, tile, _, ordinal = item
-            _, _, start, stop = chunk_of(item)
+            group, row, tile, ordinal = item[0], item[1], item[2], item[4]
+            start, stop = chunk_of(item)[2:]
             self.wait_chunk(*chunk_of(item), slot)
 
             @pl.when(opens(item))
@@ -1016,7 +1016,10 @@ class _Step:
         end = _pipeline(first, lambda item: item[0] < num_groups, advance, prefetch, consume)
         for back in (2, 1):
             ordinal = end[4] - back
-            pl.when(ordinal >= 0)(lambda ordinal=ordinal: out_copy(zero, zero, ordinal).wait())
+
+            @pl.when(ordinal >= 0)
+            def _(ordinal: jax.Array = ordinal) -> None:
+                out_copy(zero, zero, ordinal).wait()
 
     def _update_tile(
         self, row: jax.Array, tile: jax.Array, parity: jax.Array, start: jax.Array, slot: jax.Array

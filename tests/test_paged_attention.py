@@ -10,9 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxserve.block_manager import BlockCopy
-from jaxserve.kernels import reference
+from jaxserve.kernels import pallas_tpu, reference
 from jaxserve.kernels.metadata import AttentionMetadata
-from jaxserve.kernels.paged_attention import paged_attention
+from jaxserve.kernels.paged_attention import Request, choose_backend, paged_attention
+from jaxserve.kernels.reference import QuantizedPool
 from jaxserve.sampling_params import SamplingParams
 from jaxserve.scheduler import ScheduledRow, StepPlan
 from jaxserve.sequence import Sequence
@@ -40,7 +41,7 @@ def make_plan(rows: list[tuple[int, int]], rng: np.random.RandomState) -> StepPl
 def metadata_of(plan: StepPlan, bucket: int) -> AttentionMetadata:
     shape = StepShape(bucket, min(bucket, 64), MAX_MODEL_LEN // BLOCK_SIZE)
     inputs = {k: jnp.asarray(v) for k, v in shape.unpack(pack_step(plan, shape, BLOCK_SIZE)).items()}
-    single, num_tiles, _ = inputs["counts"]
+    single, num_tiles = inputs["counts"][:2]
     names = (
         "block_tables",
         "seq_lens",
@@ -138,6 +139,101 @@ def test_a_token_does_not_depend_on_its_neighbours() -> None:
     only, _ = paged_attention(q, k, v, pool, metadata_of(crowd, 8), scale=0.2)
     np.testing.assert_array_equal(np.asarray(together[0]), np.asarray(only[0]))
     assert np.isfinite(alone).all()
+
+
+# -- which implementation ---------------------------------------------------------------------------------------
+
+
+def request(
+    *, layout: str = "plain", dtype: str = "bfloat16", num_tokens: int = 16, soft_cap: float | None = None
+) -> Request:
+    """Shapes only, of a small model with 2 kv heads of 64 lanes and blocks of 16 tokens."""
+
+    def struct(*shape: int, dtype: str = dtype) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, jnp.dtype(dtype))
+
+    pool = struct(8, 2, 2, 16, 64) if layout == "plain" else struct(*pallas_tpu.pool_shape(8, 2, 16, 64))
+    if layout == "quantized":
+        values = struct(8, 2, 2, 16, 64, dtype="int8")
+        pool = QuantizedPool(values, struct(8, 2, 2, 16, dtype="float32"))
+    metadata = AttentionMetadata(*[struct(4, 8, dtype="int32")] * 9)
+    kv = struct(num_tokens, 2, 64)
+    return Request(struct(num_tokens, 4, 64), kv, kv, pool, metadata, 1.0, None, soft_cap, False)
+
+
+@pytest.mark.parametrize(
+    ("layout", "platform", "expected"),
+    [
+        ("plain", "cpu", "blocked"),
+        ("plain", "gpu", "blocked"),
+        ("tpu", "tpu", "pallas_tpu"),
+        ("plain", "tpu", "blocked"),
+    ],
+)
+def test_auto_takes_what_the_platform_prefers(layout: str, platform: str, expected: str) -> None:
+    assert choose_backend(request(layout=layout), "auto", platform) == expected
+
+
+def test_none_fits_and_every_backend_says_why() -> None:
+    with pytest.raises(ValueError, match="No attention backend fits on cpu") as error:
+        choose_backend(request(soft_cap=30.0), "auto", "cpu")
+    assert "pallas_tpu: it runs on TPU, this is cpu" in str(error.value)
+    assert "blocked: it has no soft cap" in str(error.value)
+    assert "reference: it is taken only where it is asked for" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("backend", "changes", "platform", "reason"),
+    [
+        ("pallas_tpu", {}, "cpu", "it runs on TPU, this is cpu"),
+        ("pallas_tpu", {}, "tpu", r"it must be \[N, K, B, 2 · lanes\]"),
+        ("pallas_tpu", {"layout": "tpu", "dtype": "float16"}, "tpu", "queries are float16"),
+        ("blocked", {"layout": "quantized"}, "cpu", "it has no quantized pools"),
+        ("blocked", {"num_tokens": 17}, "cpu", "17 tokens are neither at most 16 nor a multiple of it"),
+        ("blocked", {"layout": "tpu"}, "tpu", r"it must be \[N, 2, 2, B, 64\]"),
+        ("reference", {"layout": "tpu"}, "tpu", r"it must be \[N, 2, 2, B, 64\]"),
+        (
+            "fast",
+            {},
+            "cpu",
+            "There is no attention backend 'fast': use auto or pallas_tpu, blocked, reference",
+        ),
+    ],
+)
+def test_a_named_backend_that_does_not_fit_is_refused(
+    backend: str, changes: dict[str, object], platform: str, reason: str
+) -> None:
+    with pytest.raises(ValueError, match=reason):
+        choose_backend(request(**changes), backend, platform)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_reference_can_be_asked_for(dtype: str) -> None:
+    """Bits of a bfloat16 pool included, and with what only it has."""
+    rng = np.random.RandomState(0)
+    metadata = metadata_of(make_plan([(3, 1), (20, 7)], rng), 16)
+    q, k, v = (jnp.asarray(rng.randn(16, h, 16), dtype) for h in (4, 2, 2))
+    pool = jnp.asarray(rng.randn(NUM_BLOCKS, 2, 2, BLOCK_SIZE, 16), dtype)
+    stored = jax.lax.bitcast_convert_type(pool, jnp.uint16) if dtype == "bfloat16" else pool
+    out, after = paged_attention(q, k, v, stored, metadata, scale=0.2, soft_cap=1.5, backend="reference")
+    expected_pool = reference.write_kv(pool, k, v, metadata.slot_mapping)
+    expected = reference.paged_attention(q, expected_pool, metadata, scale=0.2, soft_cap=1.5)
+    assert after.dtype == stored.dtype
+    np.testing.assert_allclose(
+        np.asarray(out[:8], np.float32), np.asarray(expected[:8], np.float32), rtol=1e-2, atol=1e-2
+    )
+
+
+def test_a_soft_cap_bounds_the_scores() -> None:
+    """One visible token weighs at most e^(2 · cap) times another, however large the scores are."""
+    rng = np.random.RandomState(0)
+    metadata = metadata_of(make_plan([(1, 1)], rng), 8)
+    pool = jnp.zeros((NUM_BLOCKS, 2, 1, BLOCK_SIZE, 4))
+    block = int(metadata.block_tables[0, 0])
+    pool = pool.at[block, 0, 0, 0].set(100.0).at[block, 1, 0, 0].set(1.0)  # the other token: K = V = 0
+    q = jnp.full((8, 1, 4), 100.0)
+    out = reference.paged_attention(q, pool, metadata, scale=1.0, soft_cap=2.0)
+    np.testing.assert_allclose(out[0], 1 / (1 + np.exp(-2.0)), rtol=1e-6)
 
 
 def test_blocks_are_copied_in_order_and_only_as_many_as_asked() -> None:

@@ -47,6 +47,15 @@ class Variant:
     max_context: int = 160
     S: int = 6
 
+    def __str__(self) -> str:
+        """For the ids of tests."""
+        kind = "decode" if self.decode_only else "mixed"
+        window = f"-window{self.sliding_window}" if self.sliding_window else ""
+        cap = "-cap" if self.soft_cap else ""
+        cores = f"-cores{self.num_cores}" if self.num_cores > 1 else ""
+        shape = f"B{self.B}-H{self.H}-K{self.K}-D{self.D}"
+        return f"{kind}-{shape}-{self.dtype}-{self.kv_dtype}{window}{cap}{cores}"
+
     @property
     def M(self) -> int:  # noqa: N802
         return -(-self.max_context // self.B)
@@ -248,7 +257,7 @@ def draw_case(data: st.DataObject, variant: Variant) -> Case:
     return Case(variant, rows, data.draw(st.integers(0, 9), label="seed"), shared)
 
 
-@pytest.mark.parametrize("variant", [*DECODE, *MIXED], ids=repr)
+@pytest.mark.parametrize("variant", [*DECODE, *MIXED], ids=str)
 def test_equals_the_reference(variant: Variant, kernel_cases: int) -> None:
     count = max(1, kernel_cases // len(DECODE if variant.decode_only else MIXED))
 
@@ -267,7 +276,7 @@ def test_equals_the_reference(variant: Variant, kernel_cases: int) -> None:
     cases()
 
 
-@pytest.mark.parametrize("variant", [DECODE[0], MIXED[0]], ids=repr)
+@pytest.mark.parametrize("variant", [DECODE[0], MIXED[0]], ids=str)
 def test_a_step_without_rows_does_nothing(variant: Variant) -> None:
     case = Case(variant, [], seed=0)
     kernel = compiled(variant)
@@ -310,7 +319,7 @@ def broken_batch(variant: Variant) -> Case:
     return Case(variant, rows, seed=1)
 
 
-@pytest.mark.parametrize("variant", [DECODE[0], MIXED[0]], ids=repr)
+@pytest.mark.parametrize("variant", [DECODE[0], MIXED[0]], ids=str)
 def test_one_buffer_instead_of_two_is_a_race(variant: Variant, monkeypatch: pytest.MonkeyPatch) -> None:
     """The next chunk is fetched into the buffer that is being used."""
     for name in ("start_chunk", "wait_chunk", "_insert", "_update_single", "_update_tile"):
@@ -319,7 +328,7 @@ def test_one_buffer_instead_of_two_is_a_race(variant: Variant, monkeypatch: pyte
     assert races_found()
 
 
-@pytest.mark.parametrize("variant", [DECODE[0], MIXED[0]], ids=repr)
+@pytest.mark.parametrize("variant", [DECODE[0], MIXED[0]], ids=str)
 def test_using_a_chunk_before_waiting_for_it_is_caught(
     variant: Variant, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -348,7 +357,7 @@ def test_using_a_chunk_before_waiting_for_it_is_caught(
 @pytest.mark.parametrize(
     ("variant", "off_by_one"),
     [(DECODE[1], "past"), (DECODE[1], "window"), (MIXED[1], "future"), (MIXED[1], "window")],
-    ids=repr,
+    ids=str,
 )
 def test_a_mask_that_is_off_by_one_is_caught(
     variant: Variant, off_by_one: str, monkeypatch: pytest.MonkeyPatch
