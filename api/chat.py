@@ -10,6 +10,7 @@ from jaxserve.api.protocol import ChatRequest
 from jaxserve.api.request_body import read_json_object
 from jaxserve.api.respond import (
     Arrival,
+    compiled,
     in_executor,
     note_ignored,
     prompt_encoder,
@@ -40,6 +41,8 @@ async def create_chat_completion() -> Response:
     if isinstance(prompt, RenderJob):
         text = await context.templates.render(prompt)
         prompt = await in_executor(context, lambda: encoder.chat(request, text))
+    if request.tools is not None:
+        await compiled(context, request.tools.schemas)
     renderer = ChatRenderer(
         arrival.head(context, request, "chatcmpl"),
         context.tokenizer,
@@ -47,6 +50,7 @@ async def create_chat_completion() -> Response:
         request.sampling.n,
         request.output,
         role=encoder.role(request.prompt),
+        tools=request.tools,
     )
     response = await respond(context, arrival, request, [prompt], renderer)
     return note_ignored(response, request.ignored_fields)

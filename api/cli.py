@@ -91,6 +91,11 @@ def make_parser() -> argparse.ArgumentParser:
     text.add_argument("--logprobs-mode", type=lambda s: s.removesuffix("_logprobs"), help="raw or processed")
     text.add_argument("--return-tokens-as-token-ids", action="store_true")
     text.add_argument("--enable-force-include-usage", action="store_true")
+    text.add_argument("--guided-decoding-backend", help="auto, llguidance, outlines or lm-format-enforcer")
+    text.add_argument(
+        "--enable-auto-tool-choice", action="store_true", help="let the model decide whether to call tools"
+    )
+    text.add_argument("--tool-call-parser", help="hermes, llama3_json or pythonic")
     engine = parser.add_argument_group("engine")
     engine.add_argument("--max-num-seqs", type=_int, help="sequences that run at once")
     engine.add_argument("--max-num-batched-tokens", type=_int, help="tokens of one step")
@@ -107,8 +112,6 @@ def make_parser() -> argparse.ArgumentParser:
     later = parser.add_argument_group("of later versions: refused unless neutral")
     for flag, neutral in NOT_YET.items():
         later.add_argument(flag, type=_neutral(flag, neutral))
-    later.add_argument("--enable-auto-tool-choice", nargs=0, action=_Refused)
-    later.add_argument("--tool-call-parser", action=_Refused)
     return parser
 
 
@@ -116,7 +119,6 @@ NOT_YET = {
     "--quantization": ("none",),
     "--kv-cache-dtype": ("auto",),
     "--tensor-parallel-size": ("1",),
-    "--guided-decoding-backend": ("auto",),
 }
 LISTS = ("allowed_origins", "allowed_methods", "allowed_headers")
 RENAMED = {
@@ -150,7 +152,7 @@ def parse_args(arguments: Sequence[str]) -> ServerConfig:
             given[name] = _flattened(given[name])
     given["api_keys"] = _api_keys(given.get("api_keys", []), from_variable)
     given = {k: tuple(v) if isinstance(v, list) else v for k, v in given.items()}
-    for flag in (*NOT_YET, "--enable-auto-tool-choice", "--tool-call-parser"):
+    for flag in NOT_YET:
         given.pop(_destination(flag), None)
     engine_fields = EngineConfig.__dataclass_fields__
     engine = EngineConfig(**{k: v for k, v in given.items() if k in engine_fields})
@@ -183,11 +185,6 @@ def _flattened(values: list[str]) -> list[str]:
 
 def _destination(flag: str) -> str:
     return flag.removeprefix("--").replace("-", "_")
-
-
-class _Refused(argparse.Action):
-    def __call__(self, *_: Any, **__: Any) -> None:
-        raise ConfigError(f"{self.option_strings[0]} is not supported by this version.")
 
 
 def _neutral(flag: str, allowed: tuple[str, ...]) -> Any:

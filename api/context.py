@@ -14,6 +14,7 @@ from jaxserve.api.errors import unavailable
 from jaxserve.api.metrics import Metrics
 from jaxserve.chat_template import ChatTemplate
 from jaxserve.config import ServerConfig
+from jaxserve.constraints.worker import ConstraintWorker
 from jaxserve.engine_client import EngineClient
 from jaxserve.errors import EngineStartingError
 from jaxserve.generation_config import GenerationDefaults
@@ -32,6 +33,7 @@ class ServerContext:
         created: whole Unix seconds at which the server started; the model cards' `created`.
         system_fingerprint: `jaxserve-…`, one value per version and model.
         templates: renders the templates that requests bring.
+        constraints: compiles the constraints that requests bring; None until the model is known.
         draining: the server was told to end; it takes no more requests.
         num_open_requests: HTTP requests whose response has not ended, streams included.
         num_connections: open connections, idle ones included.
@@ -45,6 +47,7 @@ class ServerContext:
     created: int
     system_fingerprint: str
     templates: TemplateWorker = field(default_factory=TemplateWorker)
+    constraints: ConstraintWorker | None = None
     draining: bool = False
     num_open_requests: int = 0
     num_connections: Callable[[], int] = lambda: 0

@@ -553,11 +553,6 @@ class Refusal:
             raise RequestError(f"{at} {self.because}", param=at, code=self.code)
 
 
-def not_yet(*neutral: object) -> Refusal:
-    """The field is for a later version of this server."""
-    return Refusal(because="is not served by this version of jaxserve yet; leave it out.", neutral=neutral)
-
-
 def never(reason: str, *neutral: object) -> Refusal:
     return Refusal(because=reason, neutral=neutral)
 

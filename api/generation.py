@@ -16,6 +16,7 @@ import msgspec
 
 from jaxserve.api.errors import request_timeout
 from jaxserve.api.prompts import TokenizedPrompt
+from jaxserve.constraints.constraint import CompiledConstraint
 from jaxserve.detokenizer import Detokenizer
 from jaxserve.engine_client import EngineClient, RequestStream
 from jaxserve.errors import EngineError, RequestFailedError
@@ -247,6 +248,7 @@ class Generation:
     `close` must be called however the request ends; it ends in the engine what has not ended there.
 
     Args:
+        constraint: what each choice's text must be.
         request_id: for logs; ids inside the engine are made unique from it.
         arrived_at: `time.monotonic()` of the request's arrival.
         timeout_s: for the whole request, from its arrival; 0: none.
@@ -262,6 +264,7 @@ class Generation:
         *,
         request_id: str,
         eos_token_ids: tuple[int, ...],
+        constraint: CompiledConstraint | None = None,
         cache_salt: str | None = None,
         arrived_at: float,
         timeout_s: float = 0.0,
@@ -284,6 +287,7 @@ class Generation:
         self._engine = engine
         self._request_id = request_id
         self._eos_token_ids = eos_token_ids
+        self._constraint = constraint
         self._cache_salt = cache_salt
         self._timeout_s = timeout_s
         self._deadline = arrived_at + timeout_s if timeout_s else None
@@ -332,6 +336,7 @@ class Generation:
             params=msgspec.structs.replace(self.params, max_tokens=prompt.max_tokens),
             eos_token_ids=self._eos_token_ids,
             cache_salt=self._cache_salt,
+            constraint=self._constraint,
         )
 
     def steps(self) -> AsyncIterator[list[ChoiceDelta]]:

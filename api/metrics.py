@@ -90,7 +90,7 @@ class Metrics:
         self._step_seconds = Histogram(
             "engine_step_seconds", "A step of the engine.", LABEL, buckets=SECONDS, registry=self._own
         ).labels(model_name)
-        Histogram(  # grammars come with structured output; until then there is nothing to observe
+        self._grammar_seconds = Histogram(
             "grammar_compile_seconds", "Compilation of a grammar.", LABEL, buckets=SECONDS, registry=self._own
         ).labels(model_name)
         self._http_requests = Counter(
@@ -132,6 +132,10 @@ class Metrics:
         if stats.num_tokens:
             self._iteration.observe(stats.num_tokens)
             self._step_seconds.observe(stats.step_s)
+
+    def observe_grammar(self, seconds: float) -> None:
+        """A request's constraint was compiled, refused or found."""
+        self._grammar_seconds.observe(seconds)
 
     def observe_http(self, method: str, route: str, status: int, seconds: float) -> None:
         """An HTTP response has ended; `route` is a template, so that there are few of them."""

@@ -191,6 +191,7 @@ class PromptEncoder:
 
 def _render_options(prompt: ChatPrompt) -> dict[str, Any]:
     return {
+        "tools": prompt.tools,
         "documents": prompt.documents,
         "add_generation_prompt": prompt.add_generation_prompt,
         "continue_final_message": prompt.continue_final_message,

@@ -1,7 +1,6 @@
 """OpenAI's requests as types: every field declared once, bodies read into frozen dataclasses.
 
-The tables below are the whole truth about what a body may hold. A field of a later version carries a
-`not_yet` refusal: to serve it, take the refusal away and use the value where the request is built.
+The tables below are the whole truth about what a body may hold.
 """
 
 # ruff: noqa: ARG002  (every kind's `convert` takes the same arguments)
@@ -10,11 +9,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from jaxserve.api import field_texts
+from jaxserve.api.constraints import RequestConstraint, requested_constraint
 from jaxserve.api.errors import model_not_found
 from jaxserve.api.fields import (
     Anything,
@@ -44,12 +44,13 @@ from jaxserve.api.fields import (
     json_type,
     missing,
     never,
-    not_yet,
     shown,
     to_integers,
     token_id_schema,
     wrong_type,
 )
+from jaxserve.api.tools import ToolUse, check_distinct_names, tool_use
+from jaxserve.config import GuidedBackend, ToolCallParserName
 from jaxserve.errors import RequestError
 from jaxserve.sampling_params import (
     INT64_MAX,
@@ -75,7 +76,6 @@ MAX_TOKEN_ID_CHARS = 20
 INTEGER = re.compile(r"-?[0-9]+")
 REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 TOOL_NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
-GUIDED_BACKENDS = ("auto", "llguidance", "outlines", "lm-format-enforcer")
 RESERVED_TEMPLATE_KWARGS = frozenset(
     {
         "messages",
@@ -123,6 +123,8 @@ class ProtocolConfig:
         force_include_usage: every stream reports its usage.
         ignore_unknown_fields: drop unknown fields instead of refusing the request.
         request_chat_template: whether requests may bring templates and variables of their own.
+        guided_decoding_backend: what enforces constraints whose requests do not say it.
+        tool_call_parser: finds calls in free text; None: `tool_choice` "auto" is not served.
     """
 
     model_names: tuple[str, ...]
@@ -138,6 +140,8 @@ class ProtocolConfig:
     force_include_usage: bool = False
     ignore_unknown_fields: bool = False
     request_chat_template: bool = True
+    guided_decoding_backend: GuidedBackend = "auto"
+    tool_call_parser: ToolCallParserName | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -186,6 +190,7 @@ class GenerationRequest:
         sampling: what the engine is asked for, which may be more logprobs than `output` shows. Its `max_tokens` is
             settled by `length` once the prompt's tokens are known, its `bad_words_token_ids` by `bad_words`.
         bad_words: texts that must not be generated.
+        constraint: what the text must be.
         request_id: the client's choice for the id of the response.
         ignored_fields: paths of unknown fields that were dropped.
     """
@@ -195,6 +200,7 @@ class GenerationRequest:
     output: OutputOptions
     add_special_tokens: bool
     bad_words: tuple[str, ...] = ()
+    constraint: RequestConstraint | None = None
     cache_salt: str | None = None
     request_id: str | None = None
     ignored_fields: tuple[str, ...] = ()
@@ -214,6 +220,7 @@ class ChatPrompt:
     Attributes:
         chat_template: used instead of the model's.
         chat_template_kwargs: further variables for the template.
+        tools: functions, as the client described them.
     """
 
     messages: list[dict[str, Any]]
@@ -223,6 +230,7 @@ class ChatPrompt:
     reasoning_effort: str | None = None
     chat_template: str | None = None
     chat_template_kwargs: dict[str, Any] | None = None
+    tools: list[dict[str, Any]] | None = None
 
     @property
     def brings_template(self) -> bool:
@@ -232,9 +240,14 @@ class ChatPrompt:
 
 @dataclass(frozen=True, kw_only=True)
 class ChatRequest(GenerationRequest):
-    """A body of `POST /v1/chat/completions`."""
+    """A body of `POST /v1/chat/completions`.
+
+    Attributes:
+        tools: None if there are none.
+    """
 
     prompt: ChatPrompt
+    tools: ToolUse | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -441,10 +454,17 @@ TOOL = Tagged(
 )
 TOOLS = Array(member=TOOL, min_items=1, max_items=MAX_TOOLS, members="tools")
 _NAMED_FUNCTION = Table((Field(name="name", kind=String(), required=True),), field_texts.NAMED_FUNCTION)
+_NAMED_TOOL = Table(
+    (_type_field(), Field(name="function", kind=_NAMED_FUNCTION, required=True)), field_texts.TOOL_CHOICE
+)
 _ALLOWED_TOOLS = Table(
     (
         Field(name="mode", kind=Enum(("auto", "required")), required=True),
-        Field(name="tools", kind=Array(member=FreeObject()), required=True),
+        Field(
+            name="tools",
+            kind=Array(member=Tagged({"function": _NAMED_TOOL}), min_items=1, members="tools"),
+            required=True,
+        ),
     ),
     field_texts.ALLOWED_TOOLS,
 )
@@ -453,10 +473,7 @@ TOOL_CHOICE = ByType(
         str: Enum(("none", "auto", "required")),
         dict: Tagged(
             {
-                "function": Table(
-                    (_type_field(), Field(name="function", kind=_NAMED_FUNCTION, required=True)),
-                    field_texts.TOOL_CHOICE,
-                ),
+                "function": _NAMED_TOOL,
                 "allowed_tools": Table(
                     (_type_field(), Field(name="allowed_tools", kind=_ALLOWED_TOOLS, required=True)),
                     field_texts.TOOL_CHOICE,
@@ -485,7 +502,6 @@ RESPONSE_FORMAT = Tagged(
         ),
     }
 )
-FREE_TEXT = Values({"type": "text"}, ("type",))
 SCHEMA_OR_TEXT = ByType({dict: FreeObject(), str: String()})
 CHOICES = Strings(min_items=1, member=String(min_length=1), distinct=True)
 STRUCTURED_OUTPUTS = Table(
@@ -599,16 +615,20 @@ def _prompt_fields(config: ProtocolConfig, *, add_special_tokens: bool) -> tuple
     )
 
 
-def _structure_fields() -> tuple[Field, ...]:
+def _structure_fields(config: ProtocolConfig) -> tuple[Field, ...]:
     return (
-        Field(name="response_format", kind=RESPONSE_FORMAT, refusal=not_yet(FREE_TEXT)),
-        Field(name="structured_outputs", kind=STRUCTURED_OUTPUTS, refusal=not_yet()),
-        Field(name="guided_json", kind=SCHEMA_OR_TEXT, refusal=not_yet()),
-        Field(name="guided_regex", kind=String(), refusal=not_yet()),
-        Field(name="guided_choice", kind=CHOICES, refusal=not_yet()),
-        Field(name="guided_grammar", kind=String(), refusal=not_yet()),
-        Field(name="guided_whitespace_pattern", kind=String(), refusal=not_yet()),
-        Field(name="guided_decoding_backend", kind=Enum(GUIDED_BACKENDS), default="auto"),
+        Field(name="response_format", kind=RESPONSE_FORMAT),
+        Field(name="structured_outputs", kind=STRUCTURED_OUTPUTS),
+        Field(name="guided_json", kind=SCHEMA_OR_TEXT),
+        Field(name="guided_regex", kind=String()),
+        Field(name="guided_choice", kind=CHOICES),
+        Field(name="guided_grammar", kind=String()),
+        Field(name="guided_whitespace_pattern", kind=String()),
+        Field(
+            name="guided_decoding_backend",
+            kind=Enum(get_args(GuidedBackend)),
+            default=config.guided_decoding_backend,
+        ),
     )
 
 
@@ -684,7 +704,7 @@ def _common_fields(config: ProtocolConfig, *, add_special_tokens: bool) -> tuple
         *_sampling_fields(config),
         *_stopping_fields(config),
         *_output_fields(config),
-        *_structure_fields(),
+        *_structure_fields(config),
         *_openai_fields(),
         *_vllm_fields(),
     )
@@ -716,7 +736,7 @@ def _template_fields(config: ProtocolConfig) -> tuple[Field, ...]:
         _boolean("add_generation_prompt", True),
         _boolean("continue_final_message"),
         Field(name="documents", kind=DOCUMENTS),
-        Field(name="tools", kind=TOOLS, refusal=not_yet()),
+        Field(name="tools", kind=TOOLS),
         Field(name="chat_template", kind=String(), refusal=refusal),
         Field(
             name="chat_template_kwargs",
@@ -737,7 +757,7 @@ def chat_table(config: ProtocolConfig) -> Table:
             _boolean("logprobs"),
             Field(name="top_logprobs", kind=Integer(minimum=0, maximum=config.max_logprobs), default=0),
             *_template_fields(config),
-            Field(name="tool_choice", kind=TOOL_CHOICE, refusal=not_yet("none")),
+            Field(name="tool_choice", kind=TOOL_CHOICE),
             _boolean("parallel_tool_calls", True),
             *_common_fields(config, add_special_tokens=False),
         ),
@@ -830,6 +850,7 @@ class Protocol:
             output=output,
             add_special_tokens=values["add_special_tokens"],
             bad_words=tuple(values["bad_words"] or ()),
+            constraint=requested_constraint(values),
             cache_salt=values["cache_salt"],
             request_id=values["request_id"],
             ignored_fields=ignored,
@@ -846,13 +867,20 @@ class Protocol:
         field = next((name for name in both if name in values.given), None)
         length = self._length(values, field)
         output = self._output(values, logprobs=logprobs)
+        prompt = _chat_prompt(values, reasoning_effort=values["reasoning_effort"])
+        tools = tool_use(values, self.config.tool_call_parser)
+        constraint = requested_constraint(values, None if tools is None else tools.asked)
+        if tools is not None and tools.asked is None and constraint is not None:
+            tools = replace(tools, parser=None)  # the text is what the constraint says, and no call
         return ChatRequest(
-            prompt=_chat_prompt(values, reasoning_effort=values["reasoning_effort"]),
+            prompt=prompt,
+            tools=tools,
             sampling=self._sampling(values, logprobs=logprobs, prompt_logprobs=output.prompt_logprobs),
             length=length,
             output=output,
             add_special_tokens=values["add_special_tokens"],
             bad_words=tuple(values["bad_words"] or ()),
+            constraint=constraint,
             cache_salt=values["cache_salt"],
             request_id=values["request_id"],
             ignored_fields=ignored,
@@ -1032,6 +1060,8 @@ def _chat_prompt(values: Values, *, reasoning_effort: str | None = None) -> Chat
         message = "continue_final_message needs add_generation_prompt to be false (it is true by default)."
         raise RequestError(message, param="continue_final_message")
     messages: Sequence[Values] = values["messages"]
+    tools: Sequence[Values] | None = values["tools"]
+    check_distinct_names(tools or ())
     return ChatPrompt(
         messages=[message.as_sent() for message in messages],
         add_generation_prompt=values["add_generation_prompt"],
@@ -1040,4 +1070,5 @@ def _chat_prompt(values: Values, *, reasoning_effort: str | None = None) -> Chat
         reasoning_effort=reasoning_effort,
         chat_template=values["chat_template"],
         chat_template_kwargs=values["chat_template_kwargs"],
+        tools=None if tools is None else [tool.as_sent() for tool in tools],
     )

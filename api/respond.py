@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import re
 import time
@@ -15,6 +16,7 @@ from typing import TypeVar
 import msgspec
 from quart import Response, g
 
+from jaxserve.api.constraints import RequestConstraint
 from jaxserve.api.context import ServerContext
 from jaxserve.api.errors import HttpError, error_body
 from jaxserve.api.generation import ChoiceDelta, Generation, RequestTimings, Usage
@@ -22,11 +24,13 @@ from jaxserve.api.prompts import PromptEncoder, TokenizedPrompt
 from jaxserve.api.protocol import GenerationRequest, Protocol, ProtocolConfig, protocol_for
 from jaxserve.api.responses import DONE, Renderer, ResponseHead, event
 from jaxserve.api.sse import sse_response
-from jaxserve.errors import JaxserveError
+from jaxserve.constraints.constraint import CompiledConstraint
+from jaxserve.errors import JaxserveError, QueueFullError, RequestError
 from jaxserve.sampling_params import SamplingParams
 
 logger = logging.getLogger(__name__)
 MAX_IGNORED_HEADER_CHARS = 2048
+MAX_BLAME_S = 1.5  # to find the part of a constraint that is at fault
 T = TypeVar("T")
 
 
@@ -48,6 +52,8 @@ def request_protocol(context: ServerContext) -> Protocol:
             force_include_usage=config.enable_force_include_usage,
             ignore_unknown_fields=config.unknown_fields == "ignore",
             request_chat_template=config.request_chat_template,
+            guided_decoding_backend=config.guided_decoding_backend,
+            tool_call_parser=config.tool_call_parser,
         )
     )
 
@@ -91,6 +97,29 @@ class Arrival:
         )
 
 
+async def compiled(context: ServerContext, asked: RequestConstraint) -> CompiledConstraint:
+    """The constraint, compiled where it can be killed.
+
+    Raises:
+        RequestError: it is refused; the field at fault is one of its parts, if that alone would be refused.
+        QueueFullError: too many others are being compiled.
+    """
+    assert context.constraints is not None, "a handler ran before the server was ready"
+    started = time.monotonic()
+    try:
+        return await context.constraints.compile(asked.constraint, param=asked.param)
+    except QueueFullError:
+        raise
+    except RequestError:
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(MAX_BLAME_S):
+                for param, part in asked.parts:
+                    await context.constraints.compile(part, param=param)
+        raise
+    finally:
+        context.metrics.observe_grammar(time.monotonic() - started)
+
+
 async def respond(
     context: ServerContext,
     arrival: Arrival,
@@ -101,10 +130,12 @@ async def respond(
     """Generate, and answer as a stream or whole.
 
     Raises:
+        RequestError: the constraint is refused.
         QueueFullError: too many requests are waiting.
         EngineError: the engine cannot serve, or failed before anything was sent.
         HttpError: the request's time was up before the first token.
     """
+    constraint = None if request.constraint is None else await compiled(context, request.constraint)
     if request.length.max_tokens == 0 and request.sampling.prompt_logprobs is None:
         return _echo_alone(request, prompts, renderer)
     release = context.admission.admit(sum(len(prompt.token_ids) for prompt in prompts))
@@ -123,6 +154,7 @@ async def respond(
         request.sampling,
         request_id=arrival.request_id,
         eos_token_ids=context.generation_defaults.eos_token_ids,
+        constraint=constraint,
         cache_salt=request.cache_salt,
         arrived_at=arrival.monotonic,
         timeout_s=context.config.request_timeout_s,
@@ -210,7 +242,8 @@ async def _events(
         deltas: list[ChoiceDelta] | None = await first
         while deltas is not None:
             render = partial(_step_events, generation, renderer, deltas)
-            yield await _rendered(context, render, slow=_is_slow(deltas))
+            if written := await _rendered(context, render, slow=_is_slow(deltas)):
+                yield written
             deltas = await anext(steps, None)
     except (JaxserveError, HttpError) as error:
         logger.warning("request %s failed in its stream: %s", request_id, error)

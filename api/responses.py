@@ -10,12 +10,15 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
+from uuid import uuid4
 
 import orjson
 
 from jaxserve.api.generation import MIN_LOGPROB, ChoiceDelta, Usage
 from jaxserve.api.prompts import TokenizedPrompt
 from jaxserve.api.protocol import OutputOptions
+from jaxserve.api.tool_calls import Arguments, CallStart, Piece, Text, ToolCallParser
+from jaxserve.api.tools import ToolUse
 from jaxserve.messages import TopLogprobs
 from jaxserve.tokenizer import Tokenizer
 
@@ -388,11 +391,63 @@ class CompletionRenderer(Renderer):
         return choice
 
 
+@dataclass(slots=True)
+class CallStream:
+    """One choice's text on its way to content and calls, in a stream.
+
+    Attributes:
+        token_ids, logprobs: of tokens whose text has not been decided about, or is part of no piece.
+    """
+
+    parser: ToolCallParser
+    num_calls: int = 0
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[Json] = field(default_factory=list)
+
+    def push(self, delta: ChoiceDelta) -> list[Json]:
+        """What the delta adds to the message, each for a chunk of its own."""
+        pieces = self.parser.push(delta.text)
+        if delta.finish_reason is not None:
+            pieces += self.parser.finish()
+        return [self._message_delta(piece) for piece in pieces]
+
+    def _message_delta(self, piece: Piece) -> Json:
+        match piece:
+            case Text(text):
+                return {"content": text}
+            case CallStart(name):
+                self.num_calls += 1
+                call = {"index": self.num_calls - 1, **new_call(name)}
+                return {"tool_calls": [call]}
+            case Arguments(text):
+                return {"tool_calls": [{"index": self.num_calls - 1, "function": {"arguments": text}}]}
+
+
+def new_call(name: str) -> Json:
+    """A call of a function, without arguments yet."""
+    return {"id": f"call_{uuid4().hex}", "type": "function", "function": {"name": name, "arguments": ""}}
+
+
+def message_with_calls(text: str, parser: ToolCallParser) -> tuple[str, list[Json]]:
+    """The content and the calls of a whole text."""
+    content, calls = "", []
+    for piece in [*parser.push(text), *parser.finish()]:
+        match piece:
+            case Text(text):
+                content += text
+            case CallStart(name):
+                calls.append(new_call(name))
+            case Arguments(text):
+                calls[-1]["function"]["arguments"] += text
+    return content, calls
+
+
 class ChatRenderer(Renderer):
     """`/v1/chat/completions`.
 
     Args:
         role: of the generated message.
+        tools: the functions that it may call.
     """
 
     object_name = "chat.completion"
@@ -407,9 +462,12 @@ class ChatRenderer(Renderer):
         options: OutputOptions,
         *,
         role: str,
+        tools: ToolUse | None = None,
     ) -> None:
         super().__init__(head, tokenizer, prompts, n, options)
         self.role = role
+        self._tools = tools
+        self._call_streams: dict[int, CallStream] = {}  # by choice
         self._sent_prompt_ids = False
         self._prompt_logprobs: list[Json | None] | None = None
 
@@ -426,12 +484,20 @@ class ChatRenderer(Renderer):
         return {"content": chat_logprobs(delta.token_ids, delta.logprobs, self.token_string)}
 
     def _choice(self, index: int, state: ChoiceState) -> Json:
-        content = self._prompt(index).echo + "".join(state.texts)
+        content = "".join(state.texts)
+        calls: list[Json] = []
+        parser = self._new_parser()
+        if parser is not None:
+            content, calls = message_with_calls(content, parser)
+        content = self._prompt(index).echo + content
+        message: Json = {"role": self.role, "content": content, "refusal": None}
+        if calls:
+            message |= {"content": content or None, "tool_calls": calls}
         choice = {
             "index": index,
-            "message": {"role": self.role, "content": content, "refusal": None},
+            "message": message,
             "logprobs": state.logprobs,
-            "finish_reason": state.finish_reason,
+            "finish_reason": self._finish_reason(state.finish_reason, state.stop_reason, len(calls)),
             "stop_reason": state.stop_reason,
         }
         if self.options.return_token_ids:
@@ -451,8 +517,50 @@ class ChatRenderer(Renderer):
             choices.append(self._chunk_choice(delta.index, {"role": self.role, "content": ""}))
             if echo := self._prompt(delta.index).echo:
                 choices.append(self._chunk_choice(delta.index, {"content": echo}))
-        choices.append(self._delta_choice(delta))
+        calls = self._calls_of(delta.index)
+        choices += [self._delta_choice(delta)] if calls is None else self._piece_choices(calls, delta)
         return [(choice, self._prompt_ids()) for choice in choices]
+
+    def _calls_of(self, index: int) -> CallStream | None:
+        """What parses the choice's text; None if all of it is content."""
+        if index not in self._call_streams:
+            parser = self._new_parser()
+            if parser is None:
+                return None
+            self._call_streams[index] = CallStream(parser)
+        return self._call_streams[index]
+
+    def _new_parser(self) -> ToolCallParser | None:
+        return None if self._tools is None else self._tools.new_parser()
+
+    def _piece_choices(self, calls: CallStream, delta: ChoiceDelta) -> list[Json]:
+        """Tokens travel with the last chunk that has something of their text, or with the next one."""
+        choices = [self._chunk_choice(delta.index, message_delta) for message_delta in calls.push(delta)]
+        calls.token_ids += delta.token_ids
+        logprobs = self._logprobs(delta)
+        calls.logprobs += logprobs["content"] if logprobs else []
+        if delta.finish_reason is not None:
+            last = self._chunk_choice(delta.index, {})
+            last["finish_reason"] = self._finish_reason(
+                delta.finish_reason, delta.stop_reason, calls.num_calls
+            )
+            last["stop_reason"] = delta.stop_reason
+            choices.append(last)
+        if choices and (delta.finish_reason is not None or not calls.parser.is_holding_back):
+            self._add_tokens(choices[-1], calls)
+        return choices
+
+    def _add_tokens(self, choice: Json, calls: CallStream) -> None:
+        if self.options.return_token_ids:
+            choice["token_ids"] = calls.token_ids
+        if calls.logprobs:
+            choice["logprobs"] = {"content": calls.logprobs}
+        calls.token_ids, calls.logprobs = [], []
+
+    def _finish_reason(self, reason: str | None, stop_reason: str | int | None, num_calls: int) -> str | None:
+        """A choice that ended by itself with calls that the model chose says so."""
+        chosen = self._tools is not None and self._tools.mode != "named"
+        return "tool_calls" if chosen and num_calls and reason == "stop" and stop_reason is None else reason
 
     def _delta_choice(self, delta: ChoiceDelta) -> Json:
         shows_text = delta.text or delta.finish_reason is None

@@ -24,6 +24,7 @@ from jaxserve.api.http_server import HttpServer, hypercorn_config, listen
 from jaxserve.api.metrics import Metrics
 from jaxserve.chat_template import load_chat_template
 from jaxserve.config import ServerConfig
+from jaxserve.constraints.worker import ConstraintWorker
 from jaxserve.engine_client import ENGINE_COMMAND, SocketEngineClient
 from jaxserve.errors import EngineStartingError
 from jaxserve.generation_config import load_generation_defaults
@@ -109,6 +110,8 @@ class _Server:
         finally:
             await self._engine.stop()
             self._context.templates.process.close()
+            if self._context.constraints is not None:
+                self._context.constraints.process.close()
             self._executor.shutdown(wait=False, cancel_futures=True)
         if not start.cancelled() and (error := start.exception()) is not None:
             raise error
@@ -126,10 +129,23 @@ class _Server:
         finally:
             ready.cancel()
         info = ready.result()
+        self._start_constraints(info)
         for line in info.summary:
             logger.info("%s", line)
         seconds = time.monotonic() - self._started
         logger.info("ready in %.1f s: %s at %s", seconds, self._config.model_names[0], self._address())
+
+    def _start_constraints(self, info: EngineInfo) -> None:
+        """Its worker loads beside the first requests; one that needs it waits."""
+        worker = ConstraintWorker(
+            self._tokenizer_path(), info.vocab_size, self._context.generation_defaults.eos_token_ids
+        )
+        self._context.constraints = worker
+        worker.process.start()
+
+    def _tokenizer_path(self) -> Path:
+        source = self._config.engine.tokenizer
+        return resolve_model(source) if source else self._path
 
     def _address(self) -> str:
         if self._config.uds:
@@ -142,8 +158,7 @@ class _Server:
     def _load_text_side(self) -> None:
         started = time.monotonic()
         config = self._config
-        source = config.engine.tokenizer
-        tokenizer = load_tokenizer(resolve_model(source) if source else self._path)
+        tokenizer = load_tokenizer(self._tokenizer_path())
         template = load_chat_template(config.chat_template, tokenizer)
         defaults = load_generation_defaults(
             self._path, config.generation_config, config.override_generation_config, tokenizer

@@ -12,6 +12,8 @@ from jaxserve.errors import ConfigError
 Dtype = Literal["auto", "bfloat16", "float16", "float32"]
 LoadFormat = Literal["auto", "safetensors", "gguf", "dummy"]
 LogprobsMode = Literal["raw", "processed"]
+GuidedBackend = Literal["auto", "llguidance", "outlines", "lm-format-enforcer"]
+ToolCallParserName = Literal["hermes", "llama3_json", "pythonic"]
 
 
 def cache_dir() -> Path:
@@ -140,6 +142,9 @@ class ServerConfig:
     generation_config: str = "auto"  # "auto", "none", or a folder
     override_generation_config: dict[str, Any] = field(default_factory=dict)
     return_tokens_as_token_ids: bool = False
+    guided_decoding_backend: GuidedBackend = "auto"  # of requests that name none
+    enable_auto_tool_choice: bool = False
+    tool_call_parser: ToolCallParserName | None = None
     unknown_fields: Literal["reject", "ignore"] = "reject"
     max_body_bytes: int = 4 << 20
     max_connections: int = 1024
@@ -161,6 +166,11 @@ class ServerConfig:
         _require(both, "--ssl-keyfile", self.ssl_keyfile, "given together with --ssl-certfile")
         _choice("--unknown-fields", self.unknown_fields, ("reject", "ignore"))
         _choice("--log-level", self.log_level, ("debug", "info", "warning", "error"))
+        _choice("--guided-decoding-backend", self.guided_decoding_backend, get_args(GuidedBackend))
+        if self.tool_call_parser is not None:
+            _choice("--tool-call-parser", self.tool_call_parser, get_args(ToolCallParserName))
+        if self.enable_auto_tool_choice != (self.tool_call_parser is not None):
+            raise ConfigError("--enable-auto-tool-choice and --tool-call-parser must be given together.")
         for flag, value in (
             ("--request-timeout", self.request_timeout_s),
             ("--stall-timeout", self.stall_timeout_s),

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,10 @@ from jaxserve.api.context import ServerContext
 from jaxserve.api.metrics import Metrics
 from jaxserve.chat_template import ChatTemplate
 from jaxserve.config import EngineConfig, ServerConfig
+from jaxserve.constraints.compiler import Compiler
+from jaxserve.constraints.constraint import CompiledConstraint, Constraint, ConstraintError
+from jaxserve.constraints.vocabulary import Vocabulary
+from jaxserve.constraints.worker import ConstraintWorker
 from jaxserve.generation_config import GenerationDefaults
 from jaxserve.messages import AddRequest, SequenceOutput, TopLogprobs
 from jaxserve.tokenizer import Tokenizer, load_tokenizer
@@ -66,6 +71,30 @@ def make_tokenizer(directory: Path) -> Tokenizer:
     return load_tokenizer(directory)
 
 
+class CompilerHere(ConstraintWorker):
+    """Compiles in this process, which tests of small constraints can afford.
+
+    Attributes:
+        asked: every constraint, in order.
+    """
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        super().__init__(Path(), VOCAB_SIZE, [END])
+        self.asked: list[Constraint] = []
+        self._tokenizer = tokenizer
+
+    @cached_property
+    def _compiler(self) -> Compiler:
+        return Compiler(Vocabulary.of(self._tokenizer, VOCAB_SIZE, [END]))
+
+    async def compile(self, constraint: Constraint, *, param: str | None) -> CompiledConstraint:
+        self.asked.append(constraint)
+        try:
+            return self._compiler.compile(constraint)
+        except ConstraintError as error:
+            raise error.to_request_error(param) from error
+
+
 def make_context(tokenizer: Tokenizer, engine: FakeEngineClient, **config: Any) -> ServerContext:
     """A server that is ready; `config` are fields of ServerConfig."""
     config.setdefault("served_model_names", (MODEL, "alias"))
@@ -78,6 +107,7 @@ def make_context(tokenizer: Tokenizer, engine: FakeEngineClient, **config: Any) 
         executor=ThreadPoolExecutor(1),
         created=CREATED,
         system_fingerprint=FINGERPRINT,
+        constraints=CompilerHere(tokenizer),
     )
     template = ChatTemplate(CHAT_TEMPLATE, tokenizer.special_tokens)
     context.set_model(tokenizer, template, GenerationDefaults(eos_token_ids=(END,)))

@@ -64,6 +64,13 @@ SETTINGS: list[tuple[list[str], str, Any]] = [
     (["--logprobs-mode", "processed_logprobs"], "logprobs_mode", "processed"),
     (["--return-tokens-as-token-ids"], "return_tokens_as_token_ids", True),
     (["--enable-force-include-usage"], "enable_force_include_usage", True),
+    (["--guided-decoding-backend", "outlines"], "guided_decoding_backend", "outlines"),
+    (
+        ["--enable-auto-tool-choice", "--tool-call-parser", "hermes"],
+        "enable_auto_tool_choice",
+        True,
+    ),
+    (["--tool-call-parser", "pythonic", "--enable-auto-tool-choice"], "tool_call_parser", "pythonic"),
     (["--max-num-seqs", "3"], "max_num_seqs", 3),
     (["--max-num-batched-tokens", "99"], "max_num_batched_tokens", 99),
     (["--block-size", "32"], "block_size", 32),
@@ -75,6 +82,9 @@ SETTINGS: list[tuple[list[str], str, Any]] = [
     (["--no-enable-chunked-prefill"], "enable_chunked_prefill", False),
     (["--enable-chunked-prefill"], "enable_chunked_prefill", True),
 ]
+
+
+GO_TOGETHER = [{"ssl_keyfile", "ssl_certfile"}, {"enable_auto_tool_choice", "tool_call_parser"}]
 
 
 @pytest.fixture(autouse=True)
@@ -89,7 +99,8 @@ def test_a_flag_sets_its_field_and_no_other(flags: list[str], field: str, value:
     expected, actual = _fields(ServerConfig(engine=EngineConfig(model="m"))), _fields(_parse(*flags))
     changed = {name for name in actual if actual[name] != expected[name]} | {field}
     assert actual[field] == value
-    assert changed <= {field, "ssl_keyfile", "ssl_certfile"} if "ssl" in field else changed == {field}
+    together = next((fields for fields in GO_TOGETHER if field in fields), {field})
+    assert changed <= together
 
 
 def test_every_field_of_the_configuration_has_a_flag() -> None:
@@ -194,9 +205,10 @@ def test_the_variable_is_gone_afterwards_so_that_no_child_process_has_it(
         (["--quantization", "fp8"], "--quantization fp8 is not supported"),
         (["--kv-cache-dtype", "fp8"], "--kv-cache-dtype fp8 is not supported"),
         (["--tensor-parallel-size", "2"], "--tensor-parallel-size 2 is not supported"),
-        (["--guided-decoding-backend", "outlines"], "--guided-decoding-backend outlines is not supported"),
-        (["--enable-auto-tool-choice"], "--enable-auto-tool-choice is not supported"),
-        (["--tool-call-parser", "hermes"], "--tool-call-parser is not supported"),
+        (["--guided-decoding-backend", "xgrammar"], "--guided-decoding-backend must be one of auto, llguidance"),
+        (["--enable-auto-tool-choice"], "--enable-auto-tool-choice and --tool-call-parser must be given together"),
+        (["--tool-call-parser", "hermes"], "--enable-auto-tool-choice and --tool-call-parser must be given"),
+        (["--tool-call-parser", "x"], "--tool-call-parser must be one of hermes, llama3_json, pythonic"),
     ],
     ids=lambda x: " ".join(x)[:40] if isinstance(x, list) else "",
 )  # fmt: skip

@@ -45,7 +45,8 @@ def part(value: Any) -> dict[str, Any]:
 TYPE, VALUE = "invalid_type", "invalid_value"
 UNSUPPORTED, UNSUPPORTED_VALUE = "unsupported_parameter", "unsupported_value"
 MISSING, UNKNOWN = "missing_required_parameter", "unknown_parameter"
-NOT_YET = "not served by this version"
+TOOL: dict[str, Any] = {"type": "function", "function": {"name": "f"}}
+NAMED: dict[str, Any] = {"type": "function", "function": {"name": "f"}}
 BEAMS: dict[str, Any] = {"use_beam_search": True, "best_of": 4}
 
 BOTH: list[Row] = [
@@ -236,7 +237,6 @@ BOTH: list[Row] = [
     ({"response_format": {"type": 1}}, TYPE, "response_format.type", "must be a string"),
     ({"response_format": {"type": "yaml"}}, VALUE, "response_format.type", "'json_schema', got 'yaml'"),
     ({"response_format": {"type": "text", "x": 1}}, UNKNOWN, "response_format.x", "Unknown field 'x'"),
-    ({"response_format": {"type": "json_object"}}, UNSUPPORTED, "response_format", NOT_YET),
     ({"response_format": {"type": "json_schema"}}, MISSING, "response_format.json_schema", "required"),
     (
         {"response_format": {"type": "json_schema", "json_schema": {"schema": {}}}},
@@ -251,12 +251,6 @@ BOTH: list[Row] = [
         "required",
     ),
     (
-        {"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": {}}}},
-        UNSUPPORTED,
-        "response_format",
-        NOT_YET,
-    ),
-    (
         {
             "response_format": {
                 "type": "json_schema",
@@ -267,19 +261,13 @@ BOTH: list[Row] = [
         "response_format.json_schema.schema",
         "more than 64 bits",
     ),
-    ({"structured_outputs": {"regex": "a"}}, UNSUPPORTED, "structured_outputs", NOT_YET),
     ({"structured_outputs": {"regexp": "a"}}, UNKNOWN, "structured_outputs.regexp", "Did you mean 'regex'?"),
     ({"structured_outputs": {"regex": 1}}, TYPE, "structured_outputs.regex", "must be a string"),
     ({"guided_json": 5}, TYPE, "guided_json", "an object or a string"),
-    ({"guided_json": {"type": "object"}}, UNSUPPORTED, "guided_json", NOT_YET),
     ({"guided_regex": 5}, TYPE, "guided_regex", "must be a string"),
-    ({"guided_regex": "a+"}, UNSUPPORTED, "guided_regex", NOT_YET),
     ({"guided_choice": []}, VALUE, "guided_choice", "at least 1"),
     ({"guided_choice": ["a", "a"]}, VALUE, "guided_choice", "distinct"),
     ({"guided_choice": ["a", ""]}, VALUE, "guided_choice", "guided_choice[1]"),
-    ({"guided_choice": ["a"]}, UNSUPPORTED, "guided_choice", NOT_YET),
-    ({"guided_grammar": "start: A"}, UNSUPPORTED, "guided_grammar", NOT_YET),
-    ({"guided_whitespace_pattern": " ?"}, UNSUPPORTED, "guided_whitespace_pattern", NOT_YET),
     ({"guided_decoding_backend": "xgrammar"}, VALUE, "guided_decoding_backend", "'lm-format-enforcer'"),
     # OpenAI's fields without a meaning here
     ({"user": 5}, TYPE, "user", "must be a string"),
@@ -469,18 +457,9 @@ CHAT: list[Row] = [
         "x",
     ),
     ({"tools": [{"type": "function", "function": {"name": "f"}}] * 129}, VALUE, "tools", "at most 128"),
-    ({"tools": [{"type": "function", "function": {"name": "f"}}]}, UNSUPPORTED, "tools", NOT_YET),
-    ({"tool_choice": "auto"}, UNSUPPORTED, "tool_choice", NOT_YET),
-    ({"tool_choice": "required"}, UNSUPPORTED, "tool_choice", NOT_YET),
     ({"tool_choice": "sometimes"}, VALUE, "tool_choice", "'none', 'auto', 'required'"),
     ({"tool_choice": 5}, TYPE, "tool_choice", "a string or an object"),
     ({"tool_choice": {"type": "function"}}, MISSING, "tool_choice.function", "required"),
-    (
-        {"tool_choice": {"type": "function", "function": {"name": "f"}}},
-        UNSUPPORTED,
-        "tool_choice",
-        NOT_YET,
-    ),
     ({"parallel_tool_calls": "x"}, TYPE, "parallel_tool_calls", "must be a boolean"),
     ({"prompt": "x"}, UNKNOWN, "prompt", "Unknown field 'prompt'"),
     ({"suffix": "x"}, UNKNOWN, "suffix", "Unknown field 'suffix'"),
@@ -865,12 +844,9 @@ TOKENIZE: list[Row] = [
     ({"prompt": "a", "return_token_strs": 1}, TYPE, "return_token_strs", "must be a boolean"),
     ({"messages": []}, VALUE, "messages", "at least 1"),
     ({"messages": HELLO, "continue_final_message": True}, VALUE, "continue_final_message", "false"),
-    (
-        {"messages": HELLO, "tools": [{"type": "function", "function": {"name": "f"}}]},
-        UNSUPPORTED,
-        "tools",
-        NOT_YET,
-    ),
+    ({"messages": HELLO, "tools": []}, VALUE, "tools", "at least 1"),
+    ({"messages": HELLO, "tools": [TOOL, TOOL]}, VALUE, "tools[1].function.name", "distinct"),
+    ({"messages": HELLO, "tools": [TOOL], "tool_choice": "none"}, UNKNOWN, "tool_choice", "Unknown field"),
 ]
 DETOKENIZE: list[Row] = [
     ({}, MISSING, "tokens", "required"),
