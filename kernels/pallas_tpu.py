@@ -788,12 +788,13 @@ class _Step:
     def _for_each_window(
         self,
         size: int,
-        copies_in: Callable[[Item, jax.Array], list[Any]],
-        copies_out: Callable[[Item, jax.Array], list[Any]],
+        new_copy: Callable[[Item, jax.Array], Any],
+        old_copy: Callable[[Item, jax.Array], Any],
+        out_copy: Callable[[Item, jax.Array], Any],
         combine: Callable[[Item, jax.Array], None],
     ) -> None:
-        """Double-buffered read, combine and write of every window of `size` positions that gets new tokens. Items
-        are (row, window, ordinal)."""
+        """Double-buffered read, combine and write of every window of `size` positions that gets new tokens. What is
+        there already is read only if there is something to keep. Items are (row, window, ordinal)."""
 
         def span(row: jax.Array) -> tuple[jax.Array, jax.Array]:
             return _div(self.first_position(row), size), _div(self.seq_len(row) - 1, size)
@@ -803,21 +804,19 @@ class _Step:
             more = window < span(row)[1]
             return jnp.where(more, row, row + 1), jnp.where(more, window + 1, span(row + 1)[0]), ordinal + 1
 
-        def prefetch(item: Item, slot: jax.Array) -> None:
-            @pl.when(item[2] >= 2)
-            def _() -> None:  # the slot's last write
-                for copy in copies_out(item, slot):
-                    copy.wait()
+        def keeps(item: Item) -> jax.Array:
+            return item[1] * size < self.first_position(item[0])
 
-            for copy in copies_in(item, slot):
-                copy.start()
+        def prefetch(item: Item, slot: jax.Array) -> None:
+            pl.when(item[2] >= 2)(lambda: out_copy(item, slot).wait())  # the slot's last write
+            new_copy(item, slot).start()
+            pl.when(keeps(item))(lambda: old_copy(item, slot).start())
 
         def consume(item: Item, slot: jax.Array) -> None:
-            for copy in copies_in(item, slot):
-                copy.wait()
+            new_copy(item, slot).wait()
+            pl.when(keeps(item))(lambda: old_copy(item, slot).wait())
             combine(item, slot)
-            for copy in copies_out(item, slot):
-                copy.start()
+            out_copy(item, slot).start()
 
         first = (self.num_singles, span(self.num_singles)[0], jnp.int32(0))
         end = _pipeline(first, lambda item: item[0] < self.num_rows, advance, prefetch, consume)
@@ -826,14 +825,13 @@ class _Step:
 
             @pl.when(ordinal >= 0)
             def _(ordinal: jax.Array = ordinal) -> None:
-                for copy in copies_out((self.num_singles, jnp.int32(0), ordinal), ordinal & 1):
-                    copy.wait()
+                out_copy((self.num_singles, jnp.int32(0), ordinal), ordinal & 1).wait()
 
-    def _window_place(self, item: Item, size: int) -> tuple[jax.Array, jax.Array, Any]:
-        """(block, first position, span in the block) of a window."""
+    def _window_place(self, item: Item, size: int) -> tuple[jax.Array, Any]:
+        """(block, span in the block) of a window."""
         row, window, _ = item
         base = window * size
-        return self.block_of(row, base), base, pl.ds(self.offset_in_block(base, size), size)
+        return self.block_of(row, base), pl.ds(self.offset_in_block(base, size), size)
 
     def write_prefill_rows(self) -> None:
         p, r = self.plan, self.refs
@@ -843,23 +841,21 @@ class _Step:
             """Where the new rows begin that belong to positions from `base` on."""
             return self.first_token(row) + base - self.first_position(row) + p.lead
 
-        def copies_in(item: Item, slot: jax.Array) -> list[Any]:
-            row = item[0]
-            block, base, span = self._window_place(item, size)
-            first = pl.multiple_of(_align(first_new(row, base), SUBLANES), SUBLANES)
-            return [
-                pltpu.make_async_copy(
-                    r.new.at[self.heads, pl.ds(first, size + SUBLANES)], r.fresh.at[slot], r.kv_sem.at[slot]
-                ),
-                pltpu.make_async_copy(
-                    r.pool.at[block, self.heads, span], r.kv.at[slot, :, pl.ds(0, size)], r.kv_sem.at[slot]
-                ),
-            ]
+        def new_copy(item: Item, slot: jax.Array) -> Any:
+            base = item[1] * size
+            first = pl.multiple_of(_align(first_new(item[0], base), SUBLANES), SUBLANES)
+            source = r.new.at[self.heads, pl.ds(first, size + SUBLANES)]
+            return pltpu.make_async_copy(source, r.fresh.at[slot], r.kv_sem.at[slot])
 
-        def copies_out(item: Item, slot: jax.Array) -> list[Any]:
-            block, _, span = self._window_place(item, size)
+        def old_copy(item: Item, slot: jax.Array) -> Any:
+            block, span = self._window_place(item, size)
+            target = r.kv.at[slot, :, pl.ds(0, size)]
+            return pltpu.make_async_copy(r.pool.at[block, self.heads, span], target, r.kv_sem.at[slot])
+
+        def out_copy(item: Item, slot: jax.Array) -> Any:
+            block, span = self._window_place(item, size)
             source = r.kv.at[slot, :, pl.ds(0, size)]
-            return [pltpu.make_async_copy(source, r.pool.at[block, self.heads, span], r.write_sem.at[slot])]
+            return pltpu.make_async_copy(source, r.pool.at[block, self.heads, span], r.write_sem.at[slot])
 
         def combine(item: Item, slot: jax.Array) -> None:
             row, window, _ = item
@@ -871,7 +867,7 @@ class _Step:
             merged = jnp.where(at < self.first_position(row), old, new)
             r.kv[slot, :, pl.ds(0, size)] = _from_float32(merged, p.kv_dtype)
 
-        self._for_each_window(size, copies_in, copies_out, combine)
+        self._for_each_window(size, new_copy, old_copy, out_copy, combine)
 
     def write_prefill_scales(self) -> None:
         p, r = self.plan, self.refs
@@ -880,25 +876,20 @@ class _Step:
             row, window, _ = item
             return self.first_token(row) + window * p.unit - self.first_position(row) + p.lead
 
-        def copies_in(item: Item, slot: jax.Array) -> list[Any]:
-            block, _, span = self._window_place(item, p.unit)
+        def new_copy(item: Item, slot: jax.Array) -> Any:
             lanes = pl.ds(pl.multiple_of(_align(first_lane(item), LANES), LANES), 2 * LANES)
-            return [
-                pltpu.make_async_copy(
-                    r.new_scales.at[self.heads, :, lanes], r.fresh_scales.at[slot], r.kv_sem.at[slot]
-                ),
-                pltpu.make_async_copy(
-                    r.scales.at[block, self.heads, :, span], r.stage_scales.at[slot], r.kv_sem.at[slot]
-                ),
-            ]
+            source = r.new_scales.at[self.heads, :, lanes]
+            return pltpu.make_async_copy(source, r.fresh_scales.at[slot], r.kv_sem.at[slot])
 
-        def copies_out(item: Item, slot: jax.Array) -> list[Any]:
-            block, _, span = self._window_place(item, p.unit)
-            return [
-                pltpu.make_async_copy(
-                    r.stage_scales.at[slot], r.scales.at[block, self.heads, :, span], r.write_sem.at[slot]
-                )
-            ]
+        def old_copy(item: Item, slot: jax.Array) -> Any:
+            block, span = self._window_place(item, p.unit)
+            source = r.scales.at[block, self.heads, :, span]
+            return pltpu.make_async_copy(source, r.stage_scales.at[slot], r.kv_sem.at[slot])
+
+        def out_copy(item: Item, slot: jax.Array) -> Any:
+            block, span = self._window_place(item, p.unit)
+            target = r.scales.at[block, self.heads, :, span]
+            return pltpu.make_async_copy(r.stage_scales.at[slot], target, r.write_sem.at[slot])
 
         def combine(item: Item, slot: jax.Array) -> None:
             row, window, _ = item
@@ -909,7 +900,7 @@ class _Step:
             new = jnp.where(at < self.seq_len(row), shifted, 0.0)
             r.stage_scales[slot] = jnp.where(at < self.first_position(row), old, new)
 
-        self._for_each_window(p.unit, copies_in, copies_out, combine)
+        self._for_each_window(p.unit, new_copy, old_copy, out_copy, combine)
 
     # -- rows of several tokens: attention ----------------------------------------------------------------------
 
