@@ -35,15 +35,13 @@ class RequestConstraint:
 
     Attributes:
         param: the field that is at fault if it is refused.
-        parts: constraints that it was put together from, by their fields: if one is refused alone, that one is at
+        parts: parts of it as constraints of their own, by their fields: if one is refused alone, that field is at
             fault.
-        whitespace_param: the field that is at fault if the whitespace pattern is.
     """
 
     constraint: Constraint
     param: str
     parts: tuple[tuple[str, Constraint], ...] = ()
-    whitespace_param: str | None = None
 
 
 class Asked(NamedTuple):
@@ -94,12 +92,10 @@ def requested_constraint(values: Values, tools: Asked | None = None) -> RequestC
         fallback=not structured.get("disable_fallback"),
         additional_properties=not structured.get("disable_additional_properties"),
     )
-    return RequestConstraint(
-        constraint=constraint,
-        param=one_asked.param,
-        parts=one_asked.parts,
-        whitespace_param=whitespace and whitespace[0],
-    )
+    parts = one_asked.parts
+    if whitespace is not None:
+        parts = ((whitespace[0], msgspec.structs.replace(constraint, kind="json_object", text="")), *parts)
+    return RequestConstraint(constraint=constraint, param=one_asked.param, parts=parts)
 
 
 def _asked(values: Values) -> Iterator[Asked]:

@@ -419,11 +419,13 @@ class Llama3JsonParser(_WholeAnswerParser):
 
     OPENING = "{"
     TAG = "<|python_tag|>"  # where special tokens are shown
+    BEGINNING = re.compile(r"\s*(?:<\|python_tag\|>)?\s*")
     BETWEEN = re.compile(r"[\s;]*")
 
     def __init__(self, names: Collection[str]) -> None:
         super().__init__(names)
         self._call: CallObject | None = None
+        self._opening = ""  # what precedes it: content if it is none
 
     def _look_at_the_beginning(self) -> bool:
         text = self._buffer.lstrip()
@@ -442,7 +444,7 @@ class Llama3JsonParser(_WholeAnswerParser):
             return False
         pieces += self._call.push(text)
         if self._call.state == "failed":
-            self._buffer, self._state = self._call.raw + self._call.rest, "text"
+            self._buffer, self._state = self._opening + self._call.raw + self._call.rest, "text"
         elif self._call.state == "done":
             self._buffer, self._after_call = self._call.rest, True
         else:
@@ -452,22 +454,22 @@ class Llama3JsonParser(_WholeAnswerParser):
 
     def _begin_call(self) -> bool:
         """Whether it is decided if another call comes."""
-        text = self._buffer
-        if not self._after_call:
-            text = text.lstrip().removeprefix(self.TAG)
-        start = self.BETWEEN.match(text)
-        assert start is not None, "the pattern matches the empty text"
-        if start.end() == len(text):
+        opening = self.BETWEEN if self._after_call else self.BEGINNING
+        match = opening.match(self._buffer)
+        assert match is not None, "the pattern matches the empty text"
+        start = match.end()
+        if start == len(self._buffer):
             return False
-        if text[start.end()] == "{":
-            self._buffer, self._call = text[start.end() :], CallObject(self._names)
+        if self._buffer[start] == "{":
+            self._opening, self._buffer = self._buffer[:start], self._buffer[start:]
+            self._call = CallObject(self._names)
         else:
             self._state = "text"
         return True
 
     def finish(self) -> list[Piece]:
         if self._call is not None and self._call.state == "head":
-            return self._content(self._call.raw)
+            return self._content(self._opening + self._call.raw)
         if self._after_call and not self._buffer.strip(" \t\r\n;"):
             return []
         return self._take_content()

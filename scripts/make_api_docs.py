@@ -31,7 +31,7 @@ V, L = 1_000_003, 700_001
 SYMBOLS = {V: "V", V - 1: "V − 1", L: "L"}
 CONFIG = ProtocolConfig(model_names=("model",), vocab_size=V, max_model_len=L)
 OF_ANOTHER_MODEL = replace(CONFIG, temperature=0.3, top_p=0.3, top_k=3, min_p=0.3, repetition_penalty=1.3)
-WITH_FLAGS = replace(CONFIG, return_tokens_as_token_ids=True)
+WITH_FLAGS = replace(CONFIG, return_tokens_as_token_ids=True, guided_decoding_backend="outlines")
 HUGE = 2**53  # bounds from here on are those of a type
 
 GENERATION = "tests/api/test_generation.py::"
@@ -40,6 +40,7 @@ RESPONSES = "tests/api/test_responses.py::"
 SEMANTICS = "tests/test_sampling_semantics.py::"
 BEAMS = "tests/test_beam_search.py::"
 DETOKENIZER = "tests/test_detokenizer.py::"
+STRUCTURED = "tests/api/test_structured_output.py::"
 TOKENIZATION = "tests/api/test_tokenization.py::"
 TEMPLATES = "tests/api/test_request_templates.py::"
 NEUTRAL = VALIDATION + "test_values_that_ask_for_nothing_change_nothing"
@@ -105,12 +106,24 @@ TESTS: Mapping[str, str] = {
     "chat_template": TEMPLATES + "test_a_requests_template_is_used_instead_of_the_models",
     "chat_template_kwargs": TEMPLATES + "test_variables_reach_the_models_template",
     "reasoning_effort": TEMPLATES + "test_reasoning_effort_is_a_variable_that_the_requests_own_go_before",
-    "tool_choice": VALIDATION + "test_tool_fields_without_tools_change_nothing",
-    "parallel_tool_calls": VALIDATION + "test_tool_fields_without_tools_change_nothing",
+    "tools": STRUCTURED + "test_tools_reach_the_template",
+    "tool_choice": STRUCTURED + "test_what_a_tool_choice_enforces",
+    "parallel_tool_calls": STRUCTURED + "test_what_a_tool_choice_enforces",
     **dict.fromkeys(
         (
             "response_format",
+            "structured_outputs",
+            "guided_json",
+            "guided_regex",
+            "guided_choice",
+            "guided_grammar",
+            "guided_whitespace_pattern",
             "guided_decoding_backend",
+        ),
+        STRUCTURED + "test_fields_become_one_constraint",
+    ),
+    **dict.fromkeys(
+        (
             "user",
             "safety_identifier",
             "prompt_cache_key",
@@ -136,6 +149,7 @@ TOKENIZER_TESTS: Mapping[str, str] = {
     "tokens": TOKENIZATION + "test_detokenize_undoes_tokenize",
     "return_token_strs": TOKENIZATION + "test_token_strings_come_on_request",
     "add_special_tokens": TESTS["add_special_tokens"],
+    "tools": TESTS["tools"],
     **dict.fromkeys(
         (
             "add_generation_prompt",
