@@ -32,7 +32,7 @@ async def create_chat_completion() -> Response:
     protocol, encoder = request_protocol(context), prompt_encoder(context)
 
     def prepare() -> tuple[ChatRequest, TokenizedPrompt | RenderJob]:
-        request = encoder.with_bad_words(protocol.chat(body))
+        request = encoder.with_shown_calls(encoder.with_bad_words(protocol.chat(body)))
         if request.prompt.brings_template:
             return request, encoder.render_job(request.prompt)
         return request, encoder.chat(request)

@@ -125,7 +125,7 @@ _STRUCTURE = {
     "guided_regex": "The whole output matches this regular expression.",
     "guided_choice": "The output is exactly one of these.",
     "guided_grammar": "The output is a sentence of this grammar, in Lark's or GBNF's notation.",
-    "guided_whitespace_pattern": "Whitespace between JSON tokens matches this regular expression; at most a space by default.",
+    "guided_whitespace_pattern": "Whitespace between JSON tokens matches this regex; by default a space or none.",
     "guided_decoding_backend": "What enforces a constraint; auto chooses.",
 }
 _NO_MEANING_HERE = {
@@ -175,7 +175,7 @@ CHAT = (
         "logprobs": "Log probabilities of each generated token.",
         "top_logprobs": "Log probabilities of this many likeliest tokens, too; needs logprobs.",
         "echo": "Put the last message before the answer, if its role is the response's.",
-        "tool_choice": "Whether and which functions are called; enforced for required and named ones. Auto by default with tools.",
+        "tool_choice": "Whether and which functions are called; with tools auto by default.",
         "parallel_tool_calls": "Whether an answer may hold several calls; false: it holds one at most.",
     }
 )

@@ -87,6 +87,15 @@ def _operations(model: str) -> tuple[Operation, ...]:
             chunk="ChatCompletionChunk",
             examples={
                 "Conversation": {"model": model, "messages": messages},
+                "Choice": {"model": model, "messages": messages, "guided_choice": ["positive", "negative"]},
+                "Tool": {
+                    "model": model,
+                    "messages": messages,
+                    "tools": [
+                        {"type": "function", "function": {"name": "greet", "description": "Say hello."}}
+                    ],
+                    "tool_choice": {"type": "function", "function": {"name": "greet"}},
+                },
                 "Stream": {
                     "model": model,
                     "messages": messages,

@@ -19,6 +19,7 @@ from jaxserve.api.protocol import (
     LengthOptions,
     check_min_tokens,
 )
+from jaxserve.api.tool_calls import HermesParser
 from jaxserve.chat_template import ChatTemplate, normalize_messages
 from jaxserve.errors import ContextLengthError, RequestError
 from jaxserve.sampling_params import MAX_BAD_WORD_TOKENS
@@ -90,6 +91,15 @@ class PromptEncoder:
                 message = "allowed_token_ids leaves nothing to generate: bad_words or min_tokens rule out all of them."
                 raise RequestError(message, param="allowed_token_ids")
         return replace(request, sampling=sampling)
+
+    def with_shown_calls(self, request: ChatRequest) -> ChatRequest:
+        """The request with a text for special tokens, if the marks of calls are such: else none would be found."""
+        if request.tools is None or request.tools.parser != "hermes":
+            return request
+        marks = self.encode(HermesParser.OPEN, False) + self.encode(HermesParser.CLOSE, False)
+        if self.tokenizer.special_token_ids.isdisjoint(marks):
+            return request
+        return replace(request, sampling=msgspec.structs.replace(request.sampling, skip_special_tokens=False))
 
     def completion(self, request: CompletionRequest) -> list[TokenizedPrompt]:
         """Every prompt of a completion request.

@@ -488,6 +488,16 @@ async def test_generation_answers_as_described(
     assert status == (400 if impossible else 200), value
 
 
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("options", [{}, {"logprobs": True, "n": 2}, {"return_token_ids": True}], ids=str)
+async def test_answers_with_calls_are_as_described(app: Quart, stream: bool, options: dict[str, Any]) -> None:
+    function = {"type": "function", "function": {"name": "f"}}
+    body = {"model": MODEL, "messages": HELLO, "stream": stream, "tools": [function], "tool_choice": function}
+    status, value = await check_response(app, await get_document(app), CHAT, body | options)
+    assert status == 200
+    assert "tool_calls" in json.dumps(value)
+
+
 async def test_everything_else_answers_as_described(app: Quart) -> None:
     document = await get_document(app)
     model = "/v1/models/{model_id}"

@@ -9,13 +9,15 @@ from typing import Any
 import pytest
 from quart import Quart
 
+from jaxserve.api.app import create_app
 from jaxserve.api.tools import moved
 from jaxserve.constraints.compiler import Compiler
 from jaxserve.constraints.constraint import Constraint
 from jaxserve.constraints.json_schema import normalize_schema
 from jaxserve.constraints.vocabulary import Vocabulary
+from jaxserve.constraints.worker import ConstraintWorker
 from jaxserve.messages import AddRequest, SequenceOutput
-from jaxserve.tokenizer import Tokenizer
+from jaxserve.tokenizer import Tokenizer, load_tokenizer
 from tests.api.fake_engine import FakeEngineClient, generate
 from tests.api.small_model import (
     END,
@@ -69,8 +71,6 @@ class Server:
         def script(request: AddRequest) -> list[list[SequenceOutput]]:
             sequences = [ids(text)] * request.params.n
             return generate(request, sequences, finish_reason=finish, logprobs=falling_logprobs)  # type: ignore[arg-type]
-
-        from jaxserve.api.app import create_app
 
         self.engine = FakeEngineClient(script=script)
         self.context = make_context(tokenizer, self.engine, **config)
@@ -683,6 +683,28 @@ async def test_a_logprob_comes_with_or_after_its_text(tokenizer: Tokenizer) -> N
     assert seen == [("", 0), ("a", 1), ("b", 1), (" <tool", 0), ("", 6)]
 
 
+async def test_calls_are_found_also_where_their_marks_are_special_tokens(tmp_path: Path) -> None:
+    make_tokenizer(tmp_path)
+    path = tmp_path / "tokenizer.json"
+    stored = json.loads(path.read_text())
+    marks = {"<tool_call>": VOCAB_SIZE, "</tool_call>": VOCAB_SIZE + 1}
+    like = stored["added_tokens"][0]
+    stored["added_tokens"] += [
+        {**like, "content": mark, "id": i, "special": True} for mark, i in marks.items()
+    ]
+    path.write_text(json.dumps(stored))
+    with_marks = load_tokenizer(tmp_path)
+    server = Server(with_marks, **HERMES)
+    middle = ids('{"name": "f", "arguments": {"a": 1}}')
+    tokens = [marks["<tool_call>"], *middle, marks["</tool_call>"], END]
+    server.engine.script = lambda request: generate(request, [tokens])
+    (choice,) = (await server.chat(USE))["choices"]
+    assert without_ids(choice["message"]["tool_calls"]) == [call("f", '{"a": 1}')]
+    assert choice["message"]["content"] is None
+    (choice,) = (await server.chat({**USE, "tool_choice": "none"}))["choices"]
+    assert choice["message"]["content"] == '{"name": "f", "arguments": {"a": 1}}'
+
+
 @pytest.mark.parametrize("path", ["/v1/chat/completions", "/tokenize"])
 async def test_tools_reach_the_template(tokenizer: Tokenizer, path: str) -> None:
     template = "{{ tools | tojson }}"
@@ -702,8 +724,6 @@ async def test_tools_reach_the_template(tokenizer: Tokenizer, path: str) -> None
 
 
 async def test_a_real_worker_compiles_for_the_server(tokenizer: Tokenizer, tmp_path: Path) -> None:
-    from jaxserve.constraints.worker import ConstraintWorker
-
     make_tokenizer(tmp_path)
     server = Server(tokenizer, "a")
     server.context.constraints = worker = ConstraintWorker(tmp_path, VOCAB_SIZE, [END])
