@@ -75,7 +75,7 @@ class ServerContext:
         if self.draining:
             raise unavailable("draining", "The server is shutting down.", retry_after_s=10)
         self.engine.check_serving()
-        if self._tokenizer is None:
+        if self._tokenizer is None or self.constraints is None:
             raise EngineStartingError("The tokenizer is still loading.")
 
     @property

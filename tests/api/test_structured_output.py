@@ -330,6 +330,13 @@ async def test_a_constraint_is_refused_also_where_nothing_is_generated(tokenizer
     assert (status, answer["error"]["param"]) == (400, "guided_regex")
 
 
+async def test_nothing_is_served_before_constraints_can_be_compiled(tokenizer: Tokenizer) -> None:
+    server = Server(tokenizer)
+    server.context.constraints = None
+    status, answer = await server.post("/v1/completions", {"prompt": "x"})
+    assert (status, answer["error"]["code"]) == (503, "starting")
+
+
 # --- what is asked of the engine ------------------------------------------------------------------------------
 
 SCHEMA_TEXT = json.dumps(SCHEMA, separators=(",", ":"))
