@@ -7,17 +7,15 @@ import random
 import time
 from collections.abc import Callable
 
-from jaxserve.beam_search import BeamSearch, Continuation, Hypothesis
+from jaxserve.beam_search import Candidates
+from jaxserve.beams import Beams
 from jaxserve.block_manager import BlockManager
 from jaxserve.config import EngineConfig, SchedulerConfig
 from jaxserve.constraints.backends.base import MatcherError
-from jaxserve.constraints.compiler import Compiler
-from jaxserve.constraints.text_constraint import TextConstraint
-from jaxserve.constraints.vocabulary import Vocabulary
-from jaxserve.detokenizer import Detokenizer
+from jaxserve.constraints.text_constraints import TextConstraints
 from jaxserve.errors import RequestError
-from jaxserve.logits_processors import BITS
 from jaxserve.messages import (
+    NO_TOKEN_POSSIBLE,
     AbortRequest,
     AddRequest,
     EngineInfo,
@@ -27,13 +25,11 @@ from jaxserve.messages import (
     TopLogprobs,
 )
 from jaxserve.model_runner import NO_TOKEN, ModelRunner, StepResult
-from jaxserve.sampling_params import INT64_MAX, SamplingParams
+from jaxserve.sampling_params import INT64_MAX
 from jaxserve.scheduler import Scheduler, StepPlan
 from jaxserve.sequence import Sequence
 from jaxserve.slot_tables import MAX_EOS_TOKEN_IDS
 from jaxserve.tokenizer import Tokenizer
-
-NO_TOKEN_POSSIBLE = "no token is possible under the request's own masks"
 
 
 class Engine:
@@ -42,7 +38,7 @@ class Engine:
     Args:
         limits: what to schedule under; the model runner's own if None.
         seed: seeds requests that bring no seed.
-        tokenizer: finds stop strings in beams, which nobody else can; without it they are refused.
+        tokenizer: for constraints, and for stop strings of beams; without it they are refused.
     """
 
     def __init__(
@@ -55,12 +51,12 @@ class Engine:
     ) -> None:
         self.model_runner = model_runner
         self.tokenizer = tokenizer
+        self.text_constraints = TextConstraints(tokenizer, model_runner.model_config.vocab_size)
         self.limits = limits or model_runner.limits
         self.block_manager = BlockManager(self.limits)
         self.scheduler = Scheduler(self.limits, self.block_manager)
         self._requests: dict[str, list[Sequence]] = {}
-        self._beam_searches: dict[str, BeamSearch] = {}
-        self._compilers: dict[tuple[int, ...], Compiler] = {}
+        self._beams = Beams(self.scheduler)
         self._order = itertools.count()
         self._seeds = random.Random(seed)
         self._last_step_s = 0.0
@@ -108,10 +104,13 @@ class Engine:
             for index in range(1 if params.use_beam_search else params.num_sequences)
         ]
         sequences[0].siblings = sequences[1:]
-        self._constrain(sequences, request)
+        if request.constraint is not None:
+            first = self.text_constraints.begin(request.constraint, request.eos_token_ids)
+            for sequence in sequences:
+                sequence.constraint = first if sequence is sequences[0] else first.fork()
         self._requests[request.request_id] = sequences
         if params.use_beam_search:
-            self._beam_searches[request.request_id] = BeamSearch(sequences[0], self._stop_finder(params))
+            self._beams.begin(sequences[0], self.tokenizer)
         self.scheduler.add(sequences[0])
 
     def abort_request(self, request: AbortRequest) -> None:
@@ -180,7 +179,7 @@ class Engine:
             if sequence not in sampled:
                 outputs += self._finish_prompt(sequence)
             elif sequence.params.use_beam_search:
-                outputs += self._advance_beam(sequence, index, result)
+                outputs += self._advance_beam(sequence, result.candidates(index, sequence.params))
             else:
                 outputs.append(self._advance(sequence, index, result))
         return outputs
@@ -228,6 +227,14 @@ class Engine:
             num_cached_tokens=sequence.num_cached_tokens,
         )
 
+    def _advance_beam(self, sequence: Sequence, candidates: Candidates) -> list[SequenceOutput]:
+        live, outputs = self._beams.advance(sequence, candidates)
+        if live:
+            self._requests[sequence.request_id] = live
+        else:
+            del self._requests[sequence.request_id]
+        return outputs
+
     def _end(
         self,
         sequence: Sequence,
@@ -249,70 +256,6 @@ class Engine:
             error=error,
         )
 
-    # --- beams ----------------------------------------------------------------------------------------------
-
-    def _stop_finder(self, params: SamplingParams) -> Detokenizer | None:
-        if not params.stop or self.tokenizer is None:
-            return None
-        return Detokenizer(
-            self.tokenizer,
-            skip_special_tokens=params.skip_special_tokens,
-            spaces_between_special_tokens=params.spaces_between_special_tokens,
-            stop=params.stop,
-            min_tokens=params.min_tokens,
-        )
-
-    def _advance_beam(self, sequence: Sequence, index: int, result: StepResult) -> list[SequenceOutput]:
-        """Take the beam's candidates. When those of all beams of its request are there, the survivors go on, each in a
-        sequence of its own: the parent's own for one of them, a fork for each other."""
-        search = self._beam_searches[sequence.request_id]
-        self.scheduler.park(sequence)
-        if not search.offer(sequence, result.candidates(index, sequence.params)):
-            return []
-        survivors = search.advance()
-        if not survivors:
-            return self._end_beam_search(sequence.request_id, search.results)
-        self._fork_beams(search, survivors)
-        return []
-
-    def _fork_beams(self, search: BeamSearch, survivors: list[Continuation]) -> None:
-        heirs = {survivor.parent: survivor for survivor in reversed(survivors)}  # the best one takes over
-        sequences = [
-            s.parent.sequence if heirs[s.parent] is s else self.scheduler.fork(s.parent.sequence)
-            for s in survivors
-        ]
-        self._requests[sequences[0].request_id] = list(sequences)
-        for beam in search.beams:
-            if beam not in heirs:
-                self.scheduler.finish(beam.sequence)
-        search.beams = [search.take(s, own) for s, own in zip(survivors, sequences, strict=True)]
-        self.scheduler.resume(sequences)
-
-    def _end_beam_search(self, request_id: str, results: list[Hypothesis]) -> list[SequenceOutput]:
-        """Give the results whole. If fewer than n sequences are possible at all, the last one stands for the rest."""
-        sequences = self._requests[request_id]
-        num_cached_tokens, n = sequences[0].num_cached_tokens, sequences[0].params.n
-        for sequence in list(sequences):
-            sequence.finish("stop")
-            self.scheduler.finish(sequence)
-            self._forget(sequence)
-        if not results:
-            error = NO_TOKEN_POSSIBLE
-            return [SequenceOutput(request_id, i, [], finish_reason="error", error=error) for i in range(n)]
-        results = results + results[-1:] * (n - len(results))
-        return [
-            SequenceOutput(
-                request_id,
-                index,
-                hypothesis.token_ids,
-                finish_reason=hypothesis.finish_reason,
-                stop_reason=hypothesis.stop_reason,
-                logprobs=hypothesis.logprobs,
-                num_cached_tokens=num_cached_tokens,
-            )
-            for index, hypothesis in enumerate(results)
-        ]
-
     def _abort(self, sequence: Sequence) -> None:
         leader = self._requests[sequence.request_id][0]
         if sequence in leader.siblings:
@@ -326,44 +269,7 @@ class Engine:
         live.remove(sequence)
         if not live:
             del self._requests[sequence.request_id]
-            self._beam_searches.pop(sequence.request_id, None)
-
-    def _constrain(self, sequences: list[Sequence], request: AddRequest) -> None:
-        """Give each sequence its place in the request's constraint.
-
-        Raises:
-            RequestError: the constraint cannot be used.
-        """
-        if request.constraint is None:
-            return
-        num_words = -(-self.model_runner.model_config.vocab_size // BITS)
-        try:
-            matcher = self.constraint_compiler(request.eos_token_ids).matcher(request.constraint)
-            first = TextConstraint(matcher, num_words)
-        except MatcherError as error:
-            raise RequestError(
-                f"The constraint cannot be used: {error}.", code="invalid_constraint"
-            ) from error
-        for sequence in sequences:
-            sequence.constraint = first if sequence is sequences[0] else first.fork()
-
-    def constraint_compiler(self, eos_token_ids: tuple[int, ...]) -> Compiler:
-        """For texts that end with these ids; made once.
-
-        Raises:
-            RequestError: this engine cannot constrain texts.
-        """
-        compiler = self._compilers.get(eos_token_ids)
-        if compiler is None:
-            if self.tokenizer is None:
-                raise RequestError("Constraints need a tokenizer in the engine.", code="invalid_constraint")
-            vocab_size = self.model_runner.model_config.vocab_size
-            try:
-                vocabulary = Vocabulary.of(self.tokenizer, vocab_size, eos_token_ids)
-            except ValueError as error:
-                raise RequestError(f"This model's text cannot be constrained: {error}.") from error
-            compiler = self._compilers[eos_token_ids] = Compiler(vocabulary)
-        return compiler
+            self._beams.forget(sequence.request_id)
 
     def _check(self, request: AddRequest) -> None:
         """The front checks all of this before; a request that slips through must not harm others."""

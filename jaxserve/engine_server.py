@@ -115,7 +115,9 @@ class Connection:
 
 def serve(connection: Connection, config: EngineConfig) -> None:
     """Load, then step until told to end."""
-    from jaxserve.engine import Engine  # imports jax: only once the socket is there to report on it
+    # these import jax: only once the socket is there to report on it
+    from jaxserve.engine import Engine
+    from jaxserve.model_runner import ModelRunner
 
     def report(text: str) -> None:
         connection.send(StartupPhase(text=text))
@@ -123,8 +125,8 @@ def serve(connection: Connection, config: EngineConfig) -> None:
     gc.disable()  # tracing makes millions of objects that live as long as the programs
     with ThreadPoolExecutor(1) as pool:
         loading = pool.submit(_load_tokenizer, config)
-        engine = Engine.load(config, report)
-        engine.tokenizer = loading.result()
+        runner = ModelRunner(config, report)
+        engine = Engine(runner, seed=config.seed, tokenizer=loading.result())
     gc.enable()
     gc.freeze()
     connection.send(engine.info())
@@ -151,7 +153,7 @@ def _warm_up_constraints(engine: Engine) -> None:
     """The first constraint would make all streams wait for the vocabulary's preparation."""
     if engine.tokenizer is not None:
         with contextlib.suppress(RequestError):  # said to whoever asks for one
-            engine.constraint_compiler(engine.tokenizer.eos_token_ids).prepare()
+            engine.text_constraints.compiler(engine.tokenizer.eos_token_ids).prepare()
 
 
 def _load_tokenizer(config: EngineConfig) -> Tokenizer | None:

@@ -17,6 +17,7 @@ from jaxserve.sampling_params import SamplingParams
 FRAME_HEADER = struct.Struct("<I")
 MAX_FRAME_BYTES = 1 << 30
 
+NO_TOKEN_POSSIBLE = "no token is possible under the request's own masks"
 FinishReason = Literal["stop", "length", "abort", "error"]
 
 

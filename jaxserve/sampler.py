@@ -131,7 +131,9 @@ def _processed(
     filtered = jnp.any((top_k < V) | (top_p < 1.0))
 
     def ranked() -> tuple[jax.Array, BeamCandidates]:
-        values, ids = lax.top_k(scaled, min(NUM_CANDIDATES, V))  # ties: lower id first
+        # ties: lower id first. The barrier keeps XLA from merging it with slices of its results, of which it would make
+        # a sort of the whole vocabulary (ten times as slow on CPU)
+        values, ids = lax.optimization_barrier(lax.top_k(scaled, min(NUM_CANDIDATES, V)))
         keep = lax.cond(
             filtered,
             lambda: _top_k_top_p_mask(scaled, values, ids, peak, top_k, top_p),

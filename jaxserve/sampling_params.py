@@ -94,7 +94,9 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     def _check_choices(self) -> None:
         _check("n", self.n, 1 <= self.n <= MAX_CHOICES, f"an integer between 1 and {MAX_CHOICES}")
         best_of = self.num_sequences
-        _check("best_of", best_of, self.n <= best_of <= MAX_CHOICES, f"between n ({self.n}) and {MAX_CHOICES}")
+        _check(
+            "best_of", best_of, self.n <= best_of <= MAX_CHOICES, f"between n ({self.n}) and {MAX_CHOICES}"
+        )
         if self.use_beam_search:
             _check("best_of", best_of, best_of >= 2, "at least 2 when using beam search (it is the width)")
             greedy = self.temperature == 0.0
@@ -117,13 +119,17 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
 
     def _check_masks(self) -> None:
         num_biases = len(self.logit_bias)
-        _check("logit_bias", num_biases, num_biases <= MAX_LOGIT_BIASES, f"at most {MAX_LOGIT_BIASES} entries")
+        _check(
+            "logit_bias", num_biases, num_biases <= MAX_LOGIT_BIASES, f"at most {MAX_LOGIT_BIASES} entries"
+        )
         for token_id, bias in self.logit_bias:
             _check("logit_bias", f"{token_id}: {bias}", -100 <= bias <= 100, "numbers between -100 and 100")
         if self.allowed_token_ids is not None:
             _check("allowed_token_ids", [], bool(self.allowed_token_ids), "a list with at least one id")
         total = sum(map(len, self.bad_words_token_ids))
-        _check("bad_words", total, total <= MAX_BAD_WORD_TOKENS, f"at most {MAX_BAD_WORD_TOKENS} tokens in all")
+        _check(
+            "bad_words", total, total <= MAX_BAD_WORD_TOKENS, f"at most {MAX_BAD_WORD_TOKENS} tokens in all"
+        )
 
     def _check_end(self) -> None:
         least = 0 if self.prompt_logprobs is not None else 1

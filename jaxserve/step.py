@@ -110,7 +110,9 @@ def make_step(
     return step
 
 
-def _sampling_inputs(inputs: dict[str, jax.Array], token_pool: jax.Array, tables: SlotTables) -> SamplingInputs:
+def _sampling_inputs(
+    inputs: dict[str, jax.Array], token_pool: jax.Array, tables: SlotTables
+) -> SamplingInputs:
     processors = ProcessorInputs(
         rows=inputs["processed_rows"],
         num_rows=inputs["counts"][3],

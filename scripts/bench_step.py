@@ -62,7 +62,7 @@ def main() -> None:
     args = parser.parse_args()
     llm = LLM(args.model, max_model_len=1024)
     schema = Constraint(kind="json_schema", text=json.dumps(SCHEMA))
-    constraint = llm.engine.constraint_compiler(llm.eos_token_ids).compile(schema)
+    constraint = llm.engine.text_constraints.compiler(llm.eos_token_ids).compile(schema)
     times: dict[str, list[float]] = {name: [] for name in VARIANTS}
     for _ in range(args.rounds):
         for name, variant in VARIANTS.items():
@@ -73,9 +73,13 @@ def main() -> None:
         spread = f"{min(values):.1f} - {max(values):.1f}"
         print(f"{name:30s} {median:7.1f} ms ({spread})  {median / base:.3f} x")
     beams, plain = _sequences(llm, args, beams=True), _sequences(llm, args, beams=False)
-    print(f"beam search of width 4, 64 tokens: {beams:.2f} s; 4 greedy sequences: {plain:.2f} s; {beams / plain:.2f} x")
+    print(
+        f"beam search of width 4, 64 tokens: {beams:.2f} s; 4 greedy sequences: {plain:.2f} s; {beams / plain:.2f} x"
+    )
     rated, unrated = _prefill(llm, args, 1), _prefill(llm, args, None)
-    print(f"prompt of 512 tokens: {unrated:.2f} s, with prompt_logprobs {rated:.2f} s; {rated / unrated:.2f} x")
+    print(
+        f"prompt of 512 tokens: {unrated:.2f} s, with prompt_logprobs {rated:.2f} s; {rated / unrated:.2f} x"
+    )
 
 
 def _prompt(args: argparse.Namespace, length: int | None = None) -> list[int]:
@@ -83,9 +87,7 @@ def _prompt(args: argparse.Namespace, length: int | None = None) -> list[int]:
     return [int(i) for i in rng.integers(100, 40000, length or args.context)]
 
 
-def _decode(
-    llm: LLM, variant: Variant, constraint: CompiledConstraint, args: argparse.Namespace
-) -> float:
+def _decode(llm: LLM, variant: Variant, constraint: CompiledConstraint, args: argparse.Namespace) -> float:
     """Median milliseconds of a step in which all sequences decode."""
     engine = llm.engine
     for i in range(args.batch):

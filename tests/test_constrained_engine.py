@@ -41,7 +41,7 @@ def llm(demo_model_path: Path, tmp_path_factory: pytest.TempPathFactory) -> LLM:
 
 
 def compiled(llm: LLM, kind: Any, text: str) -> CompiledConstraint:
-    return llm.engine.constraint_compiler(llm.eos_token_ids).compile(Constraint(kind=kind, text=text))
+    return llm.engine.text_constraints.compiler(llm.eos_token_ids).compile(Constraint(kind=kind, text=text))
 
 
 def generate(

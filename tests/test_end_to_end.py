@@ -6,6 +6,7 @@ import asyncio
 import json
 import random
 import socket
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -45,6 +46,41 @@ def test_the_capital_of_france_is_paris(client: openai.OpenAI) -> None:
     assert completion.choices[0].finish_reason == "stop"
     assert completion.usage is not None
     assert (completion.usage.prompt_tokens, completion.usage.completion_tokens) == (37, 8)
+
+
+def test_the_examples_that_people_paste_work_as_written(server: ServerProcess) -> None:
+    """Those of vLLM's documentation, but for the address and the model's name."""
+    client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="token-abc123")
+    completion = client.chat.completions.create(
+        model=MODEL, messages=[{"role": "user", "content": "Hello!"}], max_tokens=20
+    )
+    assert completion.choices[0].message.role == "assistant"
+    assert completion.choices[0].message.content
+    classified = client.chat.completions.create(
+        model=MODEL,
+        messages=[{"role": "user", "content": "Classify this sentiment: vLLM is wonderful!"}],
+        extra_body={"guided_choice": ["positive", "negative"]},
+    )
+    assert classified.choices[0].message.content in ("positive", "negative")
+    body = {
+        "model": MODEL,
+        "prompt": "San Francisco is a",
+        "max_tokens": 7,
+        "temperature": 0,
+        "top_k": 10,
+        "min_p": 0.01,
+        "repetition_penalty": 1.1,
+        "stop_token_ids": [0],
+        "logit_bias": {"28": -100},
+        "skip_special_tokens": False,
+    }
+    curl = ["curl", "-sS", f"{server.url}/v1/completions", "-H", "Content-Type: application/json"]
+    answer = subprocess.run(
+        [*curl, "-d", json.dumps(body)], check=True, capture_output=True, text=True, timeout=60
+    )
+    choice = json.loads(answer.stdout)["choices"][0]
+    assert choice["finish_reason"] in ("length", "stop")
+    assert "," not in choice["text"]  # token 28, which the bias forbids
 
 
 async def test_the_asynchronous_client_gets_the_same(server: ServerProcess) -> None:
