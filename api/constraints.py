@@ -57,7 +57,6 @@ class Asked(NamedTuple):
     param: str
     kind: Kind
     text: str = ""
-    parts: tuple[tuple[str, Constraint], ...] = ()
 
 
 def requested_constraint(values: Values, tools: Asked | None = None) -> RequestConstraint | None:
@@ -92,9 +91,9 @@ def requested_constraint(values: Values, tools: Asked | None = None) -> RequestC
         fallback=not structured.get("disable_fallback"),
         additional_properties=not structured.get("disable_additional_properties"),
     )
-    parts = one_asked.parts
+    parts: tuple[tuple[str, Constraint], ...] = ()
     if whitespace is not None:
-        parts = ((whitespace[0], msgspec.structs.replace(constraint, kind="json_object", text="")), *parts)
+        parts = ((whitespace[0], msgspec.structs.replace(constraint, kind="json_object", text="")),)
     return RequestConstraint(constraint=constraint, param=one_asked.param, parts=parts)
 
 

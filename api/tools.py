@@ -35,7 +35,8 @@ class ToolUse:
     Attributes:
         names: of the functions that may be called.
         parallel: whether an answer may hold several calls.
-        schemas: all functions' parameters as one constraint, so that none is accepted that could not be enforced.
+        schemas: all functions' parameters as one constraint, which is enforced on nothing: what it refuses, and what
+            no arguments could satisfy, is refused whatever is called.
         asked: what is enforced on the text; None: nothing is.
         parser: finds calls in free text; None: there are none.
     """
@@ -93,14 +94,11 @@ def tool_use(values: Values, auto: ToolCallParserName | None) -> ToolUse | None:
     elif mode == "named":
         (index,) = chosen
         asked = Asked("tool_choice", parameters_path(index), "json_schema", schema_text(schemas[index]))
-    every = _calls(tools, schemas, range(len(tools)), parallel=True)
     return ToolUse(
         mode=mode,
         names=tuple(all_names[i] for i in chosen),
         parallel=parallel,
-        schemas=RequestConstraint(
-            constraint=Constraint(kind="json_schema", text=every.text), param=every.param, parts=every.parts
-        ),
+        schemas=_all_of(schemas),
         asked=asked,
         parser=auto if mode == "auto" else None,
     )
@@ -178,10 +176,19 @@ def _calls(
     array: dict[str, Any] = {"type": "array", "items": {"anyOf": members}, "minItems": 1}
     if not parallel:
         array["maxItems"] = 1
+    return Asked("tool_choice", "tools", "json_schema", schema_text(array))
+
+
+def _all_of(schemas: Sequence[dict[str, Any]]) -> RequestConstraint:
+    """An object with a value of each."""
+    members = {str(i): moved(schema, f"#/properties/{i}") for i, schema in enumerate(schemas)}
+    every = {"type": "object", "properties": members, "required": list(members)}
     parts = tuple(
-        (parameters_path(i), Constraint(kind="json_schema", text=schema_text(schemas[i]))) for i in chosen
+        (parameters_path(i), Constraint(kind="json_schema", text=schema_text(schema)))
+        for i, schema in enumerate(schemas)
     )
-    return Asked("tool_choice", "tools", "json_schema", schema_text(array), parts)
+    constraint = Constraint(kind="json_schema", text=schema_text(every))
+    return RequestConstraint(constraint=constraint, param="tools", parts=parts)
 
 
 def moved(schema: Mapping[str, Any], at: str) -> dict[str, Any]:

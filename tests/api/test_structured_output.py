@@ -281,6 +281,18 @@ CHAT: list[Row] = [
         )
         for choice in ("none", "required", named("f"), named("g"), allowed("required", "f"))
     ),
+    *(  # that no arguments are valid
+        (
+            {
+                "tools": [tool("f"), tool("g", {"required": ["a"], "properties": {"a": False}})],
+                "tool_choice": choice,
+            },
+            CONSTRAINT,
+            "tools[1].function.parameters",
+            "contradictory",
+        )
+        for choice in ("none", "required", named("f"))
+    ),
     (
         {"tools": [tool("f", {"type": "string"})], "tool_choice": "none"},
         CONSTRAINT,
