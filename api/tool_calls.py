@@ -293,7 +293,6 @@ class HermesParser(_FreeTextParser):
     """Calls between `<tool_call>` and `</tool_call>`, as ChatML models write them; text around them is content."""
 
     OPEN, CLOSE = "<tool_call>", "</tool_call>"
-    HELD = re.compile(r"\s*(?:<(?:t(?:o(?:o(?:l(?:_(?:c(?:a(?:l(?:l)?)?)?)?)?)?)?)?)?)?\Z")
 
     def __init__(self, names: Collection[str]) -> None:
         super().__init__(names)
@@ -320,11 +319,17 @@ class HermesParser(_FreeTextParser):
             self._opening, self._buffer = self._buffer[len(content) : end], self._buffer[end:]
             self._state = "open"
             return True
-        held = self.HELD.search(self._buffer)
-        assert held is not None, "the pattern matches the empty end"
-        pieces += self._content(self._buffer[: held.start()])
-        self._buffer = self._buffer[held.start() :]
+        content = self._without_beginning_of_tag(self._buffer).rstrip()
+        pieces += self._content(content)
+        self._buffer = self._buffer[len(content) :]
         return False
+
+    def _without_beginning_of_tag(self, text: str) -> str:
+        longest = min(len(self.OPEN) - 1, len(text))
+        return next(
+            (text[:-n] for n in range(longest, 0, -1) if text.endswith(self.OPEN[:n])),
+            text,
+        )
 
     def _begin_call(self, pieces: list[Piece]) -> bool:
         text = self._buffer.lstrip()

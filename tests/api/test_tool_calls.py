@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -213,6 +214,16 @@ def test_arguments_are_shown_as_they_arrive() -> None:
     assert parser.push('": "}') == [Arguments('": "}')]
     assert parser.push('"}}</tool_call>') == [Arguments('"}')]
     assert parser.push("x") == [Text("x")]
+
+
+@pytest.mark.parametrize("make", [hermes, llama, pythonic, array])
+@pytest.mark.parametrize(
+    "text", [" " * 300_000 + "x", '<tool_call>{"name"' + " " * 300_000, "[f(" + "'\\" * 300_000]
+)
+def test_odd_text_costs_no_more_than_its_length(make: MakeParser, text: str) -> None:
+    started = time.monotonic()
+    parse(make, text)
+    assert time.monotonic() - started < 2
 
 
 def test_deep_nesting_is_no_call() -> None:
