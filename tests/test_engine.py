@@ -302,8 +302,8 @@ def test_one_program_and_one_transfer_each_way_per_step(
     def counted(bucket: int) -> Any:
         def call(leaves: Any, pools: Any, tables: Any, packed: Any) -> Any:
             calls.append(packed.shape)
-            if all(tables is not other for other in uploads):
-                uploads.append(tables)  # on the device already, but for steps that change them
+            if all(tables.masks is not masks for masks in uploads):
+                uploads.append(tables.masks)  # on the device already, but for steps that change them
             return programs[bucket](leaves, pools, tables, packed)
 
         return call
