@@ -263,7 +263,7 @@ def test_raw_logprobs_are_the_models_whatever_is_asked(raw: ModelRunner) -> None
     ):
         logprobs = log_softmax(logits_of(raw, prompt, choice.tokens))
         for row, token, entry in zip(logprobs, choice.tokens, choice.logprobs, strict=True):
-            np.testing.assert_allclose(distribution(entry), row, atol=1e-4)
+            np.testing.assert_allclose(distribution(entry), row, atol=1e-4, rtol=1e-5)
             assert entry.logprob == pytest.approx(row[token], abs=1e-4)
             assert entry.rank == 1 + int((row > row[token]).sum())
 
@@ -555,10 +555,12 @@ def assert_same(found: list[list[Choice]], expected: list[list[Choice]]) -> None
             assert (a.tokens, a.end) == (b.tokens, b.end)
             for one, other in ((a.logprobs, b.logprobs), (a.prompt_logprobs, b.prompt_logprobs)):
                 assert len(one) == len(other)
-                np.testing.assert_allclose([x.logprob for x in one], [x.logprob for x in other], atol=1e-4)
+                np.testing.assert_allclose(
+                    [x.logprob for x in one], [x.logprob for x in other], atol=1e-4, rtol=1e-5
+                )
                 for x, y in zip(one, other, strict=True):
                     assert len(x.top_ids) == len(y.top_ids)
-                    np.testing.assert_allclose(x.top_logprobs, y.top_logprobs, atol=1e-4)
+                    np.testing.assert_allclose(x.top_logprobs, y.top_logprobs, atol=1e-4, rtol=1e-5)
 
 
 @pytest.fixture(scope="module")
@@ -650,7 +652,7 @@ def assert_prompt_logprobs(
         assert entry.logprob == pytest.approx(row[token], abs=1e-4)
         assert entry.rank == 1 + int((row > row[token]).sum())
         assert entry.top_ids == order.tolist()
-        np.testing.assert_allclose(entry.top_logprobs, row[order], atol=1e-4)
+        np.testing.assert_allclose(entry.top_logprobs, row[order], atol=1e-4, rtol=1e-5)
 
 
 @pytest.mark.parametrize("budget", [1, 3, 8, 32])
