@@ -183,7 +183,7 @@ def paged_attention(
             out, result, first
         )  # what it writes past its row's end, the tiles behind it write again
 
-    if T <= group:  # one group needs no loop, and loops are most of what there is to compile
+    if group >= T:  # one group needs no loop, and loops are most of what there is to compile
         return token_group(jnp.int32(0), jnp.zeros_like(queries))
     num_groups = _ceil_div(metadata.num_single_tokens, group)
     if metadata.tiles.shape[0] == 0:

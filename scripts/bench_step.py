@@ -40,15 +40,15 @@ def _mixed(i: int) -> dict[str, Any]:
 
 
 VARIANTS: dict[str, Variant] = {
-    "greedy": Variant(lambda i: {"temperature": 0.0}),
-    "temperature": Variant(lambda i: {"temperature": 1.0}),
-    "top_p 0.9, top_k 50, min_p": Variant(lambda i: _mixed(0)),
-    "penalties": Variant(lambda i: _mixed(1)),
-    "logit_bias, 300 entries": Variant(lambda i: _mixed(2)),
-    "logprobs 5": Variant(lambda i: {"temperature": 0.0, "logprobs": 5}),
+    "greedy": Variant(lambda _: {"temperature": 0.0}),
+    "temperature": Variant(lambda _: {"temperature": 1.0}),
+    "top_p 0.9, top_k 50, min_p": Variant(lambda _: _mixed(0)),
+    "penalties": Variant(lambda _: _mixed(1)),
+    "logit_bias, 300 entries": Variant(lambda _: _mixed(2)),
+    "logprobs 5": Variant(lambda _: {"temperature": 0.0, "logprobs": 5}),
     "all features in one batch": Variant(_mixed),
-    "half constrained": Variant(lambda i: {"temperature": 0.0}, every=2),
-    "all constrained": Variant(lambda i: {"temperature": 0.0}, every=1),
+    "half constrained": Variant(lambda _: {"temperature": 0.0}, every=2),
+    "all constrained": Variant(lambda _: {"temperature": 0.0}, every=1),
 }
 
 
