@@ -56,8 +56,9 @@ def pool_shape(
 
 
 def scales_shape(num_blocks: int, num_kv_heads: int, block_size: int) -> tuple[int, int, int, int]:
-    """Shape of the scales of a quantized pool: [N, K, 2, B], tokens in the lanes as the scores have them."""
-    return (num_blocks, num_kv_heads, 2, block_size)
+    """Shape of the scales of a quantized pool: [N, K, 2, B], tokens in the lanes as the scores have them. Blocks
+    of fewer than 128 tokens leave lanes unused: a shorter array would be copied into a padded one in every step."""
+    return (num_blocks, num_kv_heads, 2, max(block_size, LANES))
 
 
 def pack_pool(pool: jax.Array) -> jax.Array:
@@ -439,9 +440,9 @@ def _scratch(plan: Plan) -> dict[str, Any]:
         "acc": ((p.K, p.Gp, p.Lv), f32),
     }
     if p.quantized:
-        buffers["kv_scales"] = ((2, p.chunk // p.unit, p.K, 2, p.unit), f32)
+        buffers["kv_scales"] = ((2, p.chunk // p.unit, p.K, 2, LANES), f32)
         buffers["new_scale"] = ((2, p.K, 2, LANES), f32)
-        buffers["stage_scales"] = ((2, p.K, 2, p.unit), f32)
+        buffers["stage_scales"] = ((2, p.K, 2, LANES), f32)
     if p.with_prefill:
         rows = p.G * p.Q
         buffers["fresh"] = ((2, p.K, p.new_rows + SUBLANES, p.L), f32)
@@ -511,6 +512,12 @@ class _Step:
             return 0
         return pl.multiple_of(_mod(position, self.plan.B), size)
 
+    def scale_lanes(self, position: jax.Array) -> Any:
+        """Where in its block the scales of a unit are that begins at `position`."""
+        if self.plan.B <= LANES:
+            return pl.ds(0, LANES)
+        return pl.ds(pl.multiple_of(_mod(position, self.plan.B), LANES), LANES)
+
     # -- reading the pool ---------------------------------------------------------------------------------------
 
     def start_chunk(
@@ -569,10 +576,9 @@ class _Step:
 
             def scales(unit: jax.Array, _: None) -> None:
                 position = start + unit * p.unit
-                offset = self.offset_in_block(position, p.unit)
                 act(
                     pltpu.make_async_copy(
-                        r.scales.at[self.block_of(row, position), heads, :, pl.ds(offset, p.unit)],
+                        r.scales.at[self.block_of(row, position), heads, :, self.scale_lanes(position)],
                         r.kv_scales.at[slot, unit, pl.ds(0, heads.size)],
                         sem,
                     )
@@ -604,7 +610,8 @@ class _Step:
         self, slot: jax.Array, first_unit: Any, num_units: int, heads: Any
     ) -> tuple[jax.Array, ...]:
         """Scales of K and of V, [heads, 1, tokens] each."""
-        units = [self.refs.kv_scales[slot, first_unit + i, heads] for i in range(num_units)]
+        unit = self.plan.unit
+        units = [self.refs.kv_scales[slot, first_unit + i, heads][..., :unit] for i in range(num_units)]
         scales = units[0] if num_units == 1 else jnp.concatenate(units, axis=-1)
         return scales[:, :1], scales[:, 1:]
 
@@ -713,7 +720,7 @@ class _Step:
         p, r = self.plan, self.refs
         unit, at = _div(local, p.unit), _mod(local, p.unit)
         lane = _mod(row + p.lead, LANES)
-        shifted = pltpu.roll(r.new_scale[row & 1], _mod(at - lane, LANES), 2)[..., : p.unit]
+        shifted = pltpu.roll(r.new_scale[row & 1], _mod(at - lane, LANES), 2)
         old = r.kv_scales[slot, unit]
         lanes = _iota(old.shape, 2)
         scales = jnp.where(lanes == at, shifted, jnp.where(lanes < at, old, 0.0))
@@ -732,7 +739,7 @@ class _Step:
             )
         ]
         if p.quantized:
-            span = pl.ds(0 if p.unit == p.B else pl.multiple_of(_align(offset, p.unit), p.unit), p.unit)
+            span = self.scale_lanes(_align(offset, p.unit))
             copies.append(
                 pltpu.make_async_copy(
                     r.stage_scales.at[parity],
@@ -876,25 +883,27 @@ class _Step:
             row, window, _ = item
             return self.first_token(row) + window * p.unit - self.first_position(row) + p.lead
 
+        def place(item: Item) -> tuple[Any, ...]:
+            base = item[1] * p.unit
+            return self.block_of(item[0], base), self.heads, slice(None), self.scale_lanes(base)
+
         def new_copy(item: Item, slot: jax.Array) -> Any:
             lanes = pl.ds(pl.multiple_of(_align(first_lane(item), LANES), LANES), 2 * LANES)
             source = r.new_scales.at[self.heads, :, lanes]
             return pltpu.make_async_copy(source, r.fresh_scales.at[slot], r.kv_sem.at[slot])
 
         def old_copy(item: Item, slot: jax.Array) -> Any:
-            block, span = self._window_place(item, p.unit)
-            source = r.scales.at[block, self.heads, :, span]
+            source = r.scales.at[place(item)]
             return pltpu.make_async_copy(source, r.stage_scales.at[slot], r.kv_sem.at[slot])
 
         def out_copy(item: Item, slot: jax.Array) -> Any:
-            block, span = self._window_place(item, p.unit)
-            target = r.scales.at[block, self.heads, :, span]
+            target = r.scales.at[place(item)]
             return pltpu.make_async_copy(r.stage_scales.at[slot], target, r.write_sem.at[slot])
 
         def combine(item: Item, slot: jax.Array) -> None:
             row, window, _ = item
             back = _mod(-_mod(first_lane(item), LANES), 2 * LANES)
-            shifted = pltpu.roll(r.fresh_scales[slot], back, 2)[..., : p.unit]
+            shifted = pltpu.roll(r.fresh_scales[slot], back, 2)[..., :LANES]
             old = r.stage_scales[slot]
             at = window * p.unit + _iota(old.shape, 2)
             new = jnp.where(at < self.seq_len(row), shifted, 0.0)
