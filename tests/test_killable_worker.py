@@ -158,10 +158,12 @@ async def test_a_server_that_is_killed_leaves_no_worker_behind() -> None:
         [sys.executable, "-c", SERVER.format(module=MODULE)], stdout=subprocess.PIPE, text=True
     )
     with server:
-        assert server.stdout is not None
-        worker = int(server.stdout.readline())
-        (running,) = await until(lambda: psutil.Process(worker).children())
-        server.kill()
+        try:
+            assert server.stdout is not None
+            worker = int(server.stdout.readline())
+            running = (await until(lambda: psutil.Process(worker).children()))[-1]  # jobs follow one another
+        finally:
+            server.kill()
     await until(lambda: not alive(worker) and not alive(running.pid))
 
 
