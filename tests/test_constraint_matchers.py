@@ -308,3 +308,21 @@ def test_random_tokens_of_the_demo_model_make_valid_texts(demo_model_path: Path)
 
     with pytest.raises(TooComplexError):
         compiler.compile(Constraint(kind="regex", text="(.*[a-f].{0,90}){90}"))
+
+
+@pytest.mark.parametrize("backend", ["llguidance", "outlines"])
+@pytest.mark.parametrize("regex", ["", "()", "a{0}", "^$"])
+def test_a_regex_of_only_the_empty_text_is_refused(regex: str, backend: BackendName) -> None:
+    """There would be no token to generate."""
+    with pytest.raises(ConstraintError, match="empty text"):
+        BYTE_COMPILER.compile(Constraint(kind="regex", text=regex, backend=backend))
+
+
+@pytest.mark.parametrize("grammar", ["start: ", 'start: ""', 'root ::= ""'])
+def test_a_grammar_of_only_the_empty_text_is_refused(grammar: str) -> None:
+    with pytest.raises(ConstraintError, match="empty text"):
+        BYTE_COMPILER.compile(Constraint(kind="grammar", text=grammar))
+
+
+def test_a_constraint_that_may_be_empty_is_served() -> None:
+    assert BYTE_COMPILER.compile(Constraint(kind="regex", text="a?")).backend == "llguidance"

@@ -38,6 +38,12 @@ class Compiler:
             ConstraintError, TooComplexError: the constraint is refused; the message says why.
         """
         check_size(constraint)
+        compiled = self._compiled(constraint)
+        if self.matcher(compiled).is_complete:  # a sequence has at least one token
+            raise ConstraintError(f"Only the empty text satisfies the {constraint.kind}.")
+        return compiled
+
+    def _compiled(self, constraint: Constraint) -> CompiledConstraint:
         if constraint.backend == "auto" or constraint.backend == "llguidance":
             return self._llguidance.compile(constraint)
         try:
