@@ -52,6 +52,8 @@ class App(Quart):
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         if scope["type"] in ("http", "websocket"):
             scope = {**scope, "path": _routed_path(scope["path"], scope.get("root_path", ""))}
+        if scope["type"] == "http" and scope["http_version"].startswith("1") and _has_body(scope["headers"]):
+            receive, send = _announcing_close(receive, send)
         await super().__call__(scope, receive, send)
 
     def create_url_adapter(self, request: BaseRequestWebsocket | None) -> MapAdapter | None:
@@ -65,6 +67,30 @@ class App(Quart):
             default_method=request.method,
             path_info=request.path,
         )
+
+
+def _has_body(headers: Any) -> bool:
+    sizes = dict(headers)
+    return b"transfer-encoding" in sizes or sizes.get(b"content-length", b"0") != b"0"
+
+
+def _announcing_close(receive: Any, send: Any) -> tuple[Any, Any]:
+    """A response that does not wait for the request's whole body (a wrong key's) ends the connection: say so in
+    it, or the client sends its next request into a closing connection and gets no answer."""
+    received = False
+
+    async def receive_and_note() -> Any:
+        nonlocal received
+        message = await receive()
+        received = received or (message["type"] == "http.request" and not message.get("more_body", False))
+        return message
+
+    async def send_announcing(message: Any) -> None:
+        if message["type"] == "http.response.start" and not received:
+            message = {**message, "headers": [*message["headers"], (b"connection", b"close")]}
+        await send(message)
+
+    return receive_and_note, send_announcing
 
 
 def _routed_path(path: str, root_path: str) -> str:

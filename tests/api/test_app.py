@@ -15,7 +15,7 @@ from quart import Quart
 from jaxserve.errors import EngineDeadError, EngineStartingError
 from jaxserve.tokenizer import Tokenizer
 from tests.api.fake_engine import FakeEngineClient, generate
-from tests.api.http_server import exchange, serving, until
+from tests.api.http_server import exchange, read_response, serving, until
 from tests.api.small_model import END, MODEL, make_app, make_context, make_tokenizer
 
 GETS = (
@@ -399,3 +399,21 @@ async def test_the_api_process_imports_no_jax(tmp_path: Path) -> None:
         sys.executable, "-c", program, cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(root)}
     )
     assert await process.wait() == 0
+
+
+async def test_an_answer_before_the_body_announces_that_the_connection_ends(tokenizer: Tokenizer) -> None:
+    head = "POST /nowhere HTTP/1.1\r\nHost: x\r\nContent-Length: 2\r\n\r\n"
+    async with serving(make_context(tokenizer, FakeEngineClient(), port=0)) as server:
+        early = await exchange(server.port, head)
+        assert (early.status, early.headers.get("connection")) == (404, "close")
+
+
+async def test_a_connection_goes_on_behind_a_refused_request_that_came_whole(tokenizer: Tokenizer) -> None:
+    whole = b"POST /nowhere HTTP/1.1\r\nHost: x\r\nContent-Length: 2\r\n\r\n{}"
+    async with serving(make_context(tokenizer, FakeEngineClient(), port=0)) as server:
+        reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
+        for _ in range(2):
+            writer.write(whole)
+            response = await read_response(reader)
+            assert (response.status, response.headers.get("connection")) == (404, None)
+        writer.close()
