@@ -126,9 +126,19 @@ def biases(sequence: Sequence) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.fl
     if sequence.num_output_tokens < params.min_tokens:
         forbidden += params.stop_token_ids
         forbidden += () if params.ignore_eos else sequence.eos_token_ids
+    if forbidden and sequence.constraint is not None and not _leaves_any(sequence.constraint.mask, forbidden):
+        forbidden = []  # the constraint comes first: its only way on may be to end
     ids = [token_id for token_id, _ in params.logit_bias] + forbidden
     values = [bias for _, bias in params.logit_bias] + [-np.inf] * len(forbidden)
     return np.asarray(ids, np.int32), np.asarray(values, np.float32)
+
+
+def _leaves_any(mask: npt.NDArray[np.int32], forbidden: list[int]) -> bool:
+    """Whether a packed mask has a token that is not forbidden."""
+    left = mask.view(np.uint32).copy()
+    ids = np.asarray(forbidden, np.uint32)
+    np.bitwise_and.at(left, ids // BITS, ~(np.uint32(1) << (ids % BITS)))
+    return bool(left.any())
 
 
 def _ends_with(sequence: Sequence, token_ids: tuple[int, ...]) -> bool:

@@ -149,11 +149,19 @@ def test_preemption_and_small_budgets_change_nothing(llm: LLM) -> None:
         assert texts(llm, narrow[name]) == texts(llm, wide[name])
 
 
-def test_a_constraint_of_which_no_token_is_left_ends_that_request_alone(llm: LLM) -> None:
+def test_a_constraint_comes_before_min_tokens(llm: LLM) -> None:
+    """The only token that fits would stop the sequence too early."""
     constraint = compiled(llm, "choice", json.dumps(["a"]))
     (a,) = llm.tokenizer.encode("a", add_special_tokens=False)
-    banned = SamplingParams(max_tokens=5, bad_words_token_ids=((a,),), seed=1)
+    params = SamplingParams(max_tokens=5, min_tokens=3, stop_token_ids=(a,), seed=1)
+    (outputs,) = generate(llm, llm.engine, {"short": (params, constraint)}).values()
+    assert (outputs[-1].finish_reason, outputs[-1].stop_reason) == ("stop", a)
+
+
+def test_masks_that_leave_no_token_end_that_request_alone(llm: LLM) -> None:
+    words = ((5,), (6,))
+    banned = SamplingParams(max_tokens=5, allowed_token_ids=(5, 6), bad_words_token_ids=words, seed=1)
     free = SamplingParams(max_tokens=5, seed=1)
-    outputs = generate(llm, llm.engine, {"bad": (banned, constraint), "good": (free, None)})
+    outputs = generate(llm, llm.engine, {"bad": (banned, None), "good": (free, None)})
     assert outputs["bad"][-1].finish_reason == "error"
     assert outputs["good"][-1].finish_reason in ("length", "stop")
