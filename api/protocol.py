@@ -286,6 +286,7 @@ class PromptKind(Kind):
         if not value or all(isinstance(member, str) for member in value):
             return list(value)
         if all(isinstance(member, list) for member in value):
+            check_length(at, len(value), 0, MAX_PROMPTS, "prompts")  # before work on each of them
             return [
                 ids if set(map(type, ids)) <= {int} else to_integers(ids, f"{at}[{i}]")
                 for i, ids in enumerate(value)
