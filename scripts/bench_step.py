@@ -34,7 +34,7 @@ def _mixed(i: int) -> dict[str, Any]:
         {"temperature": 1.0, "top_p": 0.9, "top_k": 50, "min_p": 0.02},
         {"temperature": 0.8, "repetition_penalty": 1.2, "presence_penalty": 0.5, "frequency_penalty": 0.3},
         {"temperature": 1.0, "logit_bias": tuple((j, 0.5) for j in range(300))},
-        {"temperature": 0.0, "bad_words_token_ids": ((5, 6), (7,)), "min_tokens": 1000, "logprobs": 5},
+        {"temperature": 0.0, "bad_words_token_ids": ((5, 6), (7,)), "min_tokens": 800, "logprobs": 5},
     ]
     return features[i % len(features)]
 
