@@ -24,7 +24,8 @@ from jaxserve.messages import (
     StepOutputs,
     TopLogprobs,
 )
-from jaxserve.model_runner import NO_TOKEN, ModelRunner, StepResult
+from jaxserve.model_runner import ModelRunner, StepResult
+from jaxserve.sampler import NO_TOKEN
 from jaxserve.sampling_params import INT64_MAX
 from jaxserve.scheduler import Scheduler, StepPlan
 from jaxserve.sequence import Sequence

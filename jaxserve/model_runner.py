@@ -23,7 +23,6 @@ from jaxserve.messages import TopLogprobs
 from jaxserve.models.config import ModelConfig
 from jaxserve.models.llama import Llama, checkpoint_slots
 from jaxserve.models.loader import Checkpoint, load_params, open_checkpoint, resolve_model
-from jaxserve.sampler import NO_TOKEN as NO_TOKEN
 from jaxserve.sampling_params import SamplingParams
 from jaxserve.scheduler import ScheduledRow, StepPlan
 from jaxserve.sequence import Sequence

@@ -169,6 +169,7 @@ async def test_a_server_that_is_killed_leaves_no_worker_behind() -> None:
 
 SERVER = """
 import asyncio
+from jaxserve.errors import JobError
 from jaxserve.killable_worker import KillableWorker
 from tests.misbehaving_worker import LIMITS
 
@@ -179,7 +180,7 @@ async def main():
     while True:
         try:
             await worker.run(b"sleep 60")
-        except Exception:
+        except JobError:  # its time was up
             pass
 
 asyncio.run(main())
