@@ -51,7 +51,7 @@ from jaxserve.api.fields import (
 )
 from jaxserve.api.tools import ToolUse, check_distinct_names, tool_use
 from jaxserve.config import GuidedBackend, ToolCallParserName
-from jaxserve.errors import RequestError
+from jaxserve.errors import ContextLengthError, RequestError
 from jaxserve.sampling_params import (
     INT64_MAX,
     INT64_MIN,
@@ -68,6 +68,9 @@ MAX_SEQUENCES = 1024  # prompts × max(n, best_of)
 MAX_BAD_WORDS, MAX_BAD_WORD_CHARS = 128, 256
 MAX_TOOLS = 128
 MAX_ROLE_CHARS = 64
+MANY_MESSAGES = (
+    16_384  # fewer are left to the count of tokens, whatever the context: a template may leave some out
+)
 MAX_HINT_CHARS = 1024  # user, safety_identifier, prompt_cache_key
 MAX_METADATA_PAIRS = 16
 MAX_CACHE_SALT_CHARS = 128
@@ -859,6 +862,7 @@ class Protocol:
 
     def chat(self, body: dict[str, Any]) -> ChatRequest:
         """A body of `POST /v1/chat/completions`."""
+        self._refuse_endless_conversation(body)
         values, ignored = self._read(self._chat, body)
         _check_choices(values, num_prompts=1)
         if values["top_logprobs"] and not values["logprobs"]:
@@ -886,6 +890,16 @@ class Protocol:
             request_id=values["request_id"],
             ignored_fields=ignored,
         )
+
+    def _refuse_endless_conversation(self, body: dict[str, Any]) -> None:
+        """Before any work on its messages: each is a token or more, so that such a one cannot fit."""
+        messages, longest = body.get("messages"), max(MANY_MESSAGES, self.config.max_model_len)
+        if isinstance(messages, list) and len(messages) > longest:
+            message = (
+                f"The model's context length is {self.config.max_model_len} tokens, but the conversation has "
+                f"{len(messages):,} messages. Send its last ones."
+            )
+            raise ContextLengthError(message, param="messages")
 
     def tokenize(self, body: dict[str, Any]) -> TokenizeRequest:
         """A body of `POST /tokenize`: exactly one of `prompt` and `messages`."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import ipaddress
 import logging
 import os
@@ -130,6 +131,8 @@ class _Server:
             ready.cancel()
         info = ready.result()
         self._start_constraints(info)
+        gc.collect()
+        gc.freeze()  # what lives as long as the server: a collection beside streams need not walk it
         for line in info.summary:
             logger.info("%s", line)
         seconds = time.monotonic() - self._started
