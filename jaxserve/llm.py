@@ -9,6 +9,8 @@ from typing import Any
 
 from jaxserve.chat_template import load_chat_template, normalize_messages
 from jaxserve.config import EngineConfig
+from jaxserve.constraints.constraint import CompiledConstraint, Constraint, ConstraintError
+from jaxserve.constraints.outlines_terms import to_constraint
 from jaxserve.detokenizer import Detokenizer
 from jaxserve.engine import Engine
 from jaxserve.errors import ContextLengthError, ModelLoadError, RequestFailedError
@@ -89,12 +91,16 @@ class LLM:
         self,
         prompts: Prompt | Sequence[Prompt],
         params: SamplingParams | Sequence[SamplingParams] | None = None,
+        constraint: Any = None,
     ) -> list[RequestOutput]:
         """Generate for all prompts, batched as the engine sees fit; results in the order of the prompts.
 
         Args:
             prompts: one prompt or several, each text or token ids.
             params: for all prompts, or one each.
+            constraint: what every text must be: a term of `outlines.types`, a type that Outlines takes (a pydantic
+                model, an Enum, `Literal[…]` …) or a `Constraint`. A list has one for each prompt, None for those that
+                are free.
 
         Raises:
             RequestError: a prompt or parameter is refused; nothing has been generated then.
@@ -104,11 +110,15 @@ class LLM:
         each = [params or SamplingParams()] * len(batch) if not isinstance(params, Sequence) else list(params)
         if len(each) != len(batch):
             raise ValueError(f"{len(batch)} prompts, but {len(each)} sampling parameters")
+        constraints = self._compiled(constraint, len(batch))
         running: dict[str, _Running] = {}
         for prompt, one in zip(batch, each, strict=True):
             request_id = f"llm-{next(self._request_ids)}"
             running[request_id] = _Running(self, request_id, prompt, one)
-        requests = [r.request(self.eos_token_ids) for r in running.values()]
+        requests = [
+            r.request(self.eos_token_ids, compiled)
+            for r, compiled in zip(running.values(), constraints, strict=True)
+        ]
         for request in requests:
             self._check_length(request)
         try:
@@ -127,8 +137,13 @@ class LLM:
         conversations: list[dict[str, Any]] | list[list[dict[str, Any]]],
         params: SamplingParams | None = None,
         template_kwargs: Mapping[str, Any] | None = None,
+        constraint: Any = None,
     ) -> list[RequestOutput]:
         """Generate the next message of one conversation or of several.
+
+        Args:
+            template_kwargs: for the chat template.
+            constraint: what every message must be, as in `generate`.
 
         Raises:
             RequestError: the template fails, or `generate` refuses.
@@ -142,8 +157,26 @@ class LLM:
         kwargs = dict(template_kwargs or {})
         texts = [template.render(normalize_messages(messages, template), **kwargs) for messages in several]
         return self.generate(
-            [self.tokenizer.encode(text, add_special_tokens=False) for text in texts], params
+            [self.tokenizer.encode(text, add_special_tokens=False) for text in texts], params, constraint
         )
+
+    def _compiled(self, asked: Any, num_prompts: int) -> list[CompiledConstraint | None]:
+        """One constraint a prompt."""
+        each = asked if isinstance(asked, list) else [asked] * num_prompts
+        if len(each) != num_prompts:
+            raise ValueError(f"{num_prompts} prompts, but {len(each)} constraints")
+        known: dict[Constraint, CompiledConstraint] = {}
+        return [None if one is None else self._compile(one, known) for one in each]
+
+    def _compile(self, asked: Any, known: dict[Constraint, CompiledConstraint]) -> CompiledConstraint:
+        compiler = self._engine.text_constraints.compiler(self.eos_token_ids)
+        try:
+            constraint = to_constraint(asked)
+            if constraint not in known:
+                known[constraint] = compiler.compile(constraint)
+        except ConstraintError as error:
+            raise error.to_request_error("constraint") from error
+        return known[constraint]
 
     def _check_length(self, request: AddRequest) -> None:
         asked, limit = request.params.max_tokens, self._engine.limits.max_model_len
@@ -184,12 +217,13 @@ class _Running:
             ]
         )
 
-    def request(self, eos_token_ids: tuple[int, ...]) -> AddRequest:
+    def request(self, eos_token_ids: tuple[int, ...], constraint: CompiledConstraint | None) -> AddRequest:
         return AddRequest(
             request_id=self._request_id,
             prompt_token_ids=self.result.prompt_token_ids,
             params=self._params,
             eos_token_ids=eos_token_ids,
+            constraint=constraint,
         )
 
     def end(self) -> RequestOutput:
@@ -218,8 +252,7 @@ class _Running:
         if self._detokenizers is None:
             return
         detokenizer = self._detokenizers[step.index]
-        ended_by_token = step.finish_reason == "stop" and not isinstance(step.stop_reason, str)
-        silent = ended_by_token and not self._params.include_stop_str_in_output
+        silent = self._ends_with_silent_token(step)
         delta = detokenizer.push(step.token_ids[:-1] if silent else step.token_ids)
         output.text += delta.text
         stopped = delta.stopped
@@ -232,6 +265,13 @@ class _Running:
                     AbortRequest(request_id=self._request_id, indices=[step.index])
                 )
             output.finish_reason, output.stop_reason = "stop", stopped
+
+    def _ends_with_silent_token(self, step: SequenceOutput) -> bool:
+        """Whether the last token ended the sequence: where a constraint was complete, it is text like any other."""
+        if step.finish_reason != "stop" or self._params.include_stop_str_in_output:
+            return False
+        ends = (*self._llm.eos_token_ids, *self._params.stop_token_ids)
+        return bool(step.token_ids) and step.token_ids[-1] in ends
 
 
 def _as_prompts(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:

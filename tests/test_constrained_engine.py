@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable
 from dataclasses import replace
+from enum import Enum
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jsonschema
 import pytest
+from outlines import types
+from pydantic import BaseModel, Field
 
 from jaxserve import LLM, SamplingParams
 from jaxserve.constraints.constraint import CompiledConstraint, Constraint
 from jaxserve.engine import Engine
+from jaxserve.errors import RequestError
 from jaxserve.messages import AddRequest, SequenceOutput
 from tests.tiny_llama import BASE
 
@@ -167,3 +172,89 @@ def test_masks_that_leave_no_token_end_that_request_alone(llm: LLM) -> None:
     outputs = generate(llm, llm.engine, {"bad": (banned, None), "good": (free, None)})
     assert outputs["bad"][-1].finish_reason == "error"
     assert outputs["good"][-1].finish_reason in ("length", "stop")
+
+
+# --- constraints in Python ----------------------------------------------------------------------------------
+
+
+class Person(BaseModel):
+    name: str = Field(max_length=6)
+    age: int = Field(ge=0, le=99)
+
+
+class Mood(Enum):
+    GOOD = "good"
+    BAD = "not good"
+
+
+def is_person(text: str) -> bool:
+    return set(Person.model_validate_json(text).model_dump()) == {"name", "age"}
+
+
+ASKED: dict[str, tuple[Any, Callable[[str], object]]] = {
+    "a choice": (types.Choice(["yes", "no"]), lambda text: text in ("yes", "no")),
+    "a choice of numbers": (types.Choice([1, 2.5]), lambda text: text in ("1", "2.5")),
+    "a literal": (Literal["a.c", "é😀"], lambda text: text in ("a.c", "é😀")),
+    "an enum": (Mood, lambda text: Mood(text)),
+    "a regex": (types.Regex("[a-c]{2}x"), re.compile("[a-c]{2}x").fullmatch),
+    "terms": ("n=" + types.integer + (types.digit | "!"), re.compile(r"n=[+-]?(0|[1-9]\d*)(\d|!)").fullmatch),
+    "a schema": (types.JsonSchema(SCHEMA), lambda text: is_valid("json_schema", text)),
+    "a model": (Person, is_person),
+    "a grammar": (types.CFG('start: "(" start ")" | "x"'), re.compile(r"\(*x\)*").fullmatch),
+    "a type": (bool, lambda text: text in ("True", "False")),
+    "a list": (list[int], re.compile(r"\[[-+]?\d+(, [-+]?\d+)*\]").fullmatch),
+    "any object": (dict, lambda text: isinstance(json.loads(text), dict)),
+    "our own": (Constraint(kind="regex", text="z{3}"), lambda text: text == "zzz"),
+}
+
+
+def test_what_outlines_takes_for_a_constraint_is_one(llm: LLM) -> None:
+    params = SamplingParams(max_tokens=120, seed=3)
+    prompts = [[5, 6, 7]] * (len(ASKED) + 1)
+    results = llm.generate(prompts, params, [constraint for constraint, _ in ASKED.values()] + [None])
+    for (name, (_, check)), result in zip(ASKED.items(), results, strict=False):
+        (output,) = result.outputs
+        assert output.finish_reason == "length" or check(output.text), (name, output.text)
+    assert [result.outputs[0].finish_reason for result in results].count("stop") >= len(ASKED) - 2
+    (free,) = llm.generate([[5, 6, 7]], params)
+    assert results[-1].outputs[0].text == free.outputs[0].text
+
+
+def test_one_constraint_is_for_all_prompts_and_all_choices(llm: LLM) -> None:
+    params = SamplingParams(max_tokens=20, n=3, seed=1)
+    for result in llm.generate([[5, 6], [7, 8]], params, Literal["positive", "negative"]):
+        assert {output.text for output in result.outputs} <= {"positive", "negative"}
+
+
+def test_a_message_can_be_constrained(demo_model_path: Path, llm: LLM) -> None:
+    (result,) = llm.chat(
+        [{"role": "user", "content": "?"}], SamplingParams(max_tokens=5, seed=1), constraint=Mood
+    )
+    assert Mood(result.outputs[0].text)
+
+
+@pytest.mark.parametrize(
+    ("constraint", "message"),
+    [
+        (types.Regex("(a"), "not closed"),
+        (types.JsonSchema({"type": "array", "uniqueItems": True}), "uniqueItems"),
+        (Person | None, "A JSON schema cannot be part of another constraint"),
+        (types.Choice(["a", Person]), "A JSON schema cannot be part of another constraint"),
+        (types.optional(types.CFG('start: "a"')), "A grammar cannot be part of another constraint"),
+        ("a|b", "not a text"),
+        (object(), "Outlines makes no constraint of <object"),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_enforced_is_refused_before_anything_runs(
+    llm: LLM, constraint: object, message: str
+) -> None:
+    with pytest.raises(RequestError, match=re.escape(message)) as caught:
+        llm.generate([[5, 6, 7]], SamplingParams(max_tokens=5), constraint)
+    assert (caught.value.param, caught.value.code) == ("constraint", "invalid_constraint")
+    assert not llm.engine.has_work
+
+
+def test_a_list_of_constraints_has_one_for_each_prompt(llm: LLM) -> None:
+    with pytest.raises(ValueError, match="1 prompts, but 2 constraints"):
+        llm.generate([[5, 6, 7]], SamplingParams(max_tokens=5), [None, Mood])

@@ -1,4 +1,4 @@
-"""Matchers: masks over real vocabularies, ends, forks, rollback; every backend does the same."""
+"""Matchers: masks over real vocabularies, ends, forks; every backend does the same."""
 
 from __future__ import annotations
 
@@ -187,41 +187,21 @@ def test_a_token_that_is_not_allowed_changes_nothing(backend: BackendName) -> No
     assert matcher.accept(ord("b"))  # an end that was not taken after all
 
 
-def test_rollback_and_fork_lead_to_the_same_masks(backend: BackendName) -> None:
+def test_forks_go_their_own_ways(backend: BackendName) -> None:
     matcher = BYTE_COMPILER.matcher(
         BYTE_COMPILER.compile(Constraint(kind="regex", text="(ab|ac|[0-9]{2}x)*", backend=backend))
     )
-    text, masks = b"ab12xac", [allowed_tokens(matcher, BYTES)]
-    for byte in text:
+    for byte in b"ab12xa":
         assert matcher.accept(byte)
-        masks.append(allowed_tokens(matcher, BYTES))
     fork = matcher.fork()
-    for num_tokens in (1, 3, 1):
-        matcher.rollback(num_tokens)
-        text, masks = text[:-num_tokens], masks[:-num_tokens]
-        assert allowed_tokens(matcher, BYTES) == masks[-1]
-    matcher.rollback(0)
-    assert matcher.accept(ord("1"))
-    assert allowed_tokens(matcher, BYTES) != allowed_tokens(fork, BYTES)
-    assert fork.can_end
-    assert fork.accept(ord("a"))
-
-
-def test_forced_tokens_are_those_without_another_choice(backend: BackendName) -> None:
-    compiled = BYTE_COMPILER.compile(
-        Constraint(kind="choice", text='["ab", "abcd", "x1", "x2"]', backend=backend)
-    )
-    matcher = BYTE_COMPILER.matcher(compiled)
-    assert matcher.forced_tokens() == []
-    assert matcher.accept(ord("a"))
-    assert bytes(matcher.forced_tokens()) == b"b"  # then the text may end
-    assert matcher.accept(ord("b"))
-    assert matcher.forced_tokens() == []
+    assert allowed_tokens(fork, BYTES) == allowed_tokens(matcher, BYTES) == list(b"bc")
     assert matcher.accept(ord("c"))
-    assert bytes(matcher.forced_tokens()) == b"d"
-    fork = BYTE_COMPILER.matcher(compiled)
-    assert fork.accept(ord("x"))
-    assert fork.forced_tokens() == []
+    assert matcher.accept(ord("1"))
+    assert allowed_tokens(matcher, BYTES) == list(b"0123456789")
+    assert allowed_tokens(fork, BYTES) == list(b"bc")
+    assert not fork.can_end
+    assert fork.accept(ord("b"))
+    assert fork.can_end
 
 
 def test_the_backend_that_was_asked_for_serves_what_it_can(backend: BackendName) -> None:

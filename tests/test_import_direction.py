@@ -19,7 +19,7 @@ RANKS = [  # from the bottom up; modules of one rank do not import each other
     "models.llama sampler detokenizer gguf_tokenizer",
     "generation_config chat_template killable_worker kv_cache step beam_search", "template_worker",
     "constraints.vocabulary",
-    "constraints.regex", "constraints.json_schema constraints.grammar",
+    "constraints.regex constraints.outlines_terms", "constraints.json_schema constraints.grammar",
     "constraints.backends.llguidance constraints.backends.outlines constraints.backends.lm_format_enforcer",
     "constraints.compiler", "constraints.worker constraints.text_constraints",
     "beams",

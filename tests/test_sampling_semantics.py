@@ -415,6 +415,24 @@ def test_greedy_search_under_processors_is_that_of_transformers(raw: ModelRunner
         assert list(choice.end) == case["ends"][0], case["params"]
 
 
+ONE_TOKEN_SETTINGS: list[dict[str, Any]] = [
+    {"temperature": 0.0},
+    {"temperature": 1e-4},
+    {"temperature": 2.0, "top_k": 3, "top_p": 1e-6, "min_p": 1.0},
+    {"logit_bias": ((7, -100.0), (8, 100.0))},
+    {"repetition_penalty": 50.0, "presence_penalty": 2.0, "frequency_penalty": 2.0},
+    {"repetition_penalty": 1e-3, "presence_penalty": -2.0, "frequency_penalty": -2.0},
+]
+
+
+@pytest.mark.parametrize("values", ONE_TOKEN_SETTINGS, ids=str)
+def test_the_only_token_that_a_mask_leaves_is_certain(processed: ModelRunner, values: dict[str, Any]) -> None:
+    params = sampling(allowed_token_ids=(7,), **(values | {"logprobs": 1}))
+    choice = run_one(processed, [3, 4, 5], params)
+    assert choice.tokens == [7] * 12
+    assert {(top.logprob, top.top_ids[0], top.top_logprobs[0]) for top in choice.logprobs} == {(0.0, 7, 0.0)}
+
+
 def test_a_bias_of_100_decides_and_one_of_minus_100_forbids(raw: ModelRunner) -> None:
     always = run_one(raw, PROMPTS[2], sampling(logit_bias=((17, 100.0),), temperature=2.0))
     assert always.tokens == [17] * 12

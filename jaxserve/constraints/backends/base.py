@@ -10,8 +10,6 @@ from numpy.typing import NDArray
 
 from jaxserve.constraints.constraint import BackendName, CompiledConstraint, Constraint
 
-MAX_FORCED_TOKENS = 64
-
 
 class MatcherError(Exception):
     """A matcher cannot go on: its library hit a limit of its own. That request ends with an error."""
@@ -56,18 +54,8 @@ class Matcher(Protocol):
         End-of-sequence ids are accepted where they are allowed, and change nothing."""
         ...
 
-    def rollback(self, num_tokens: int) -> None:
-        """Take back the last tokens that were accepted (end-of-sequence ids do not count)."""
-        ...
-
     def fork(self) -> Self:
         """An independent matcher at the same place: for beams and siblings."""
-        ...
-
-    def forced_tokens(self) -> list[int]:
-        """The tokens that must come next because nothing else may, in order; empty where there is a choice.
-
-        At most `MAX_FORCED_TOKENS`. The matcher is left where it was."""
         ...
 
 
@@ -112,20 +100,3 @@ def probe(matcher: Matcher, num_words: int, num_tokens: int) -> None:
                 matcher.fill_mask(row)  # raises if the library has given up
     except DeadEndError:
         return  # elsewhere there may be a way
-
-
-def forced_tokens(matcher: Matcher, num_words: int) -> list[int]:
-    """What `Matcher.forced_tokens` promises, for any matcher."""
-    row = np.zeros(num_words, np.int32)
-    forced: list[int] = []
-    while len(forced) < MAX_FORCED_TOKENS and not matcher.can_end:
-        matcher.fill_mask(row)
-        words = row.view(np.uint32)
-        (used,) = np.nonzero(words)
-        if len(used) != 1 or int(words[used[0]]).bit_count() != 1:
-            break
-        token_id = int(used[0]) * 32 + int(words[used[0]]).bit_length() - 1
-        matcher.accept(token_id)
-        forced.append(token_id)
-    matcher.rollback(len(forced))
-    return forced

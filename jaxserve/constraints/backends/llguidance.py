@@ -182,19 +182,8 @@ class LLGuidanceMatcher:
         self._mask = None
         return True
 
-    def rollback(self, num_tokens: int) -> None:
-        if not num_tokens:
-            return
-        if not self._matcher.rollback(num_tokens):
-            raise MatcherError(self._matcher.get_error())
-        self._num_accepted -= num_tokens
-        self._mask = None
-
     def fork(self) -> LLGuidanceMatcher:
         return LLGuidanceMatcher(self._matcher.deep_copy(), self._tokens, self._num_accepted)
-
-    def forced_tokens(self) -> list[int]:
-        return base.forced_tokens(self, self._tokens.vocabulary.mask_words)
 
     def _text_mask(self) -> NDArray[np.int32]:
         """The tokens with a text that may come next."""

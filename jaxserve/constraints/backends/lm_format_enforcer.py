@@ -14,7 +14,6 @@ import numpy as np
 from lmformatenforcer import RegexParser, TokenEnforcer, TokenEnforcerTokenizerData
 from numpy.typing import NDArray
 
-from jaxserve.constraints.backends import base
 from jaxserve.constraints.backends.base import DeadEndError
 from jaxserve.constraints.constraint import BackendName, CompiledConstraint, Constraint, ConstraintError
 from jaxserve.constraints.regex import choices_to_regex, translate_regex
@@ -98,15 +97,8 @@ class LMFormatEnforcerMatcher:
         self._token_ids.append(token_id)
         return True
 
-    def rollback(self, num_tokens: int) -> None:
-        if num_tokens:
-            del self._token_ids[-num_tokens:]
-
     def fork(self) -> LMFormatEnforcerMatcher:
         return LMFormatEnforcerMatcher(self._enforcer, self._vocabulary, list(self._token_ids))
-
-    def forced_tokens(self) -> list[int]:
-        return base.forced_tokens(self, self._vocabulary.mask_words)
 
     def _allowed(self) -> set[int]:
         return set(self._enforcer.get_allowed_tokens(self._token_ids).allowed_tokens)

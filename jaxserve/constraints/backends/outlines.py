@@ -18,7 +18,6 @@ import numpy as np
 import outlines_core
 from numpy.typing import NDArray
 
-from jaxserve.constraints.backends import base
 from jaxserve.constraints.backends.base import DeadEndError, MatcherError
 from jaxserve.constraints.constraint import (
     BackendName,
@@ -86,20 +85,20 @@ class OutlinesBackend:
             index = outlines_core.Index.from_binary(list(compiled.artifact))
         except ValueError as error:
             raise MatcherError(str(error)) from error
-        return OutlinesMatcher(index, self._vocabulary, [index.get_initial_state()])
+        return OutlinesMatcher(index, self._vocabulary, index.get_initial_state())
 
 
 class OutlinesMatcher:
-    """One text: the states of the automaton that it has been through."""
+    """One text: the state of the automaton that it is in."""
 
-    def __init__(self, index: outlines_core.Index, vocabulary: Vocabulary, states: list[int]) -> None:
+    def __init__(self, index: outlines_core.Index, vocabulary: Vocabulary, state: int) -> None:
         self._index = index
         self._vocabulary = vocabulary
-        self._states = states
+        self._state = state
 
     @property
     def can_end(self) -> bool:
-        return bool(self._index.is_final_state(self._states[-1]))
+        return bool(self._index.is_final_state(self._state))
 
     @property
     def is_complete(self) -> bool:
@@ -114,22 +113,15 @@ class OutlinesMatcher:
     def accept(self, token_id: int) -> bool:
         if token_id in self._vocabulary.eos_token_ids:
             return self.can_end
-        state = self._index.get_next_state(self._states[-1], token_id)
+        state = self._index.get_next_state(self._state, token_id)
         if state is None or token_id >= self._vocabulary.size:
             return False
-        self._states.append(state)
+        self._state = state
         return True
 
-    def rollback(self, num_tokens: int) -> None:
-        if num_tokens:
-            del self._states[-num_tokens:]
-
     def fork(self) -> OutlinesMatcher:
-        return OutlinesMatcher(self._index, self._vocabulary, list(self._states))
-
-    def forced_tokens(self) -> list[int]:
-        return base.forced_tokens(self, self._vocabulary.mask_words)
+        return OutlinesMatcher(self._index, self._vocabulary, self._state)
 
     def _allowed(self) -> list[int]:
-        allowed = self._index.get_allowed_tokens(self._states[-1]) or []
+        allowed = self._index.get_allowed_tokens(self._state) or []
         return [token_id for token_id in allowed if token_id < self._vocabulary.size]
