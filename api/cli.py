@@ -101,6 +101,9 @@ def make_parser() -> argparse.ArgumentParser:
     engine.add_argument("--max-num-batched-tokens", type=_int, help="tokens of one step")
     engine.add_argument("--block-size", type=_int, help="tokens of a KV block")
     engine.add_argument(
+        "--attention-backend", help="auto, or the name of one: docs/kernels.md lists what each can do"
+    )
+    engine.add_argument(
         "--gpu-memory-utilization",
         "--memory-utilization",
         type=_float,

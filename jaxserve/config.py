@@ -13,6 +13,7 @@ Dtype = Literal["auto", "bfloat16", "float16", "float32"]
 LoadFormat = Literal["auto", "safetensors", "gguf", "dummy"]
 LogprobsMode = Literal["raw", "processed"]
 GuidedBackend = Literal["auto", "llguidance", "outlines", "lm-format-enforcer"]
+AttentionBackend = Literal["auto", "pallas_tpu", "blocked", "reference"]
 ToolCallParserName = Literal["hermes", "llama3_json", "pythonic"]
 
 
@@ -42,6 +43,7 @@ class EngineConfig:
         max_logprobs: the most top logprobs a request may ask for.
         logprobs_mode: of the logits as they are, or of the distribution that was sampled from.
         compilation_cache: keep compiled programs on disk.
+        attention_backend: which implementation of attention runs (docs/kernels.md).
     """
 
     model: str
@@ -60,11 +62,13 @@ class EngineConfig:
     max_logprobs: int = 20
     logprobs_mode: LogprobsMode = "raw"
     compilation_cache: bool = True
+    attention_backend: AttentionBackend = "auto"
 
     def __post_init__(self) -> None:
         _require(bool(self.model), "--model", self.model, "a directory, a .gguf file or a hub id")
         _choice("--dtype", self.dtype, get_args(Dtype))
         _choice("--load-format", self.load_format, get_args(LoadFormat))
+        _choice("--attention-backend", self.attention_backend, get_args(AttentionBackend))
         _choice("--logprobs-mode", self.logprobs_mode, get_args(LogprobsMode))
         for flag, value in (
             ("--max-model-len", self.max_model_len),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +11,8 @@ import jax
 import jax.numpy as jnp
 
 from jaxserve.errors import ConfigError
+from jaxserve.kernels.paged_attention import PoolShape, pool_struct
+from jaxserve.kernels.reference import QuantizedPool
 from jaxserve.models.config import ModelConfig
 
 CPU_DEFAULT_POOL_BYTES = 1 << 30  # a CPU shares its memory with everything else on the machine
@@ -17,11 +20,11 @@ CPU_DEFAULT_POOL_BYTES = 1 << 30  # a CPU shares its memory with everything else
 
 @dataclass(frozen=True, kw_only=True)
 class KVCacheSpec:
-    """Shape of one layer's pool but for the number of blocks.
+    """The pools of all layers but for the number of blocks.
 
     Attributes:
         dtype: of K and V.
-        storage_dtype: of the array; uint16 on CPU for 16-bit floats (kernels/blocked_attention.py says why).
+        backend, platform: which attention lays them out (kernels/paged_attention.py).
     """
 
     num_layers: int
@@ -29,36 +32,37 @@ class KVCacheSpec:
     head_dim: int
     block_size: int
     dtype: jnp.dtype
-    storage_dtype: jnp.dtype
+    backend: str
+    platform: str
 
     @classmethod
-    def of(cls, config: ModelConfig, block_size: int, dtype: jnp.dtype, platform: str) -> KVCacheSpec:
-        as_bits = platform == "cpu" and dtype.itemsize == 2
+    def of(
+        cls, config: ModelConfig, block_size: int, dtype: jnp.dtype, platform: str, backend: str
+    ) -> KVCacheSpec:
         return cls(
             num_layers=config.num_layers,
             num_kv_heads=config.num_kv_heads,
             head_dim=config.head_dim,
             block_size=block_size,
             dtype=dtype,
-            storage_dtype=jnp.dtype(jnp.uint16) if as_bits else dtype,
+            backend=backend,
+            platform=platform,
         )
 
     @property
     def bytes_per_block(self) -> int:
         """Of all layers together."""
-        elements = 2 * self.num_kv_heads * self.block_size * self.head_dim
-        return self.num_layers * elements * self.dtype.itemsize
+        return sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(self.abstract(1)))
 
-    def layer_shape(self, num_blocks: int) -> tuple[int, ...]:
-        """[N, 2, K, B, D]: K and V of a block side by side."""
-        return (num_blocks, 2, self.num_kv_heads, self.block_size, self.head_dim)
+    def abstract(self, num_blocks: int) -> list[jax.Array | QuantizedPool]:
+        """jax.ShapeDtypeStruct of one pool per layer."""
+        shape = PoolShape(num_blocks, self.num_kv_heads, self.block_size, self.head_dim, self.dtype)
+        return [pool_struct(self.backend, shape, self.platform)] * self.num_layers
 
-    def abstract(self, num_blocks: int) -> list[jax.ShapeDtypeStruct]:
-        return [jax.ShapeDtypeStruct(self.layer_shape(num_blocks), self.storage_dtype)] * self.num_layers
-
-    def allocate(self, num_blocks: int) -> list[jax.Array]:
+    def allocate(self, num_blocks: int) -> list[jax.Array | QuantizedPool]:
         """One zeroed pool per layer."""
-        return [jnp.zeros(self.layer_shape(num_blocks), self.storage_dtype) for _ in range(self.num_layers)]
+        pools = self.abstract(num_blocks)
+        return [jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), pool) for pool in pools]
 
 
 def num_blocks_for(spec: KVCacheSpec, *, pool_bytes: int, max_useful_tokens: int) -> int:

@@ -18,6 +18,7 @@ from jaxserve.compilation import CompilationCounter, enable_compilation_cache
 from jaxserve.config import EngineConfig, SchedulerConfig
 from jaxserve.errors import ConfigError
 from jaxserve.kernels.blocked_attention import TOKEN_GROUP
+from jaxserve.kernels.paged_attention import PoolShape, ServingShape, backend_for
 from jaxserve.kv_cache import CPU_DEFAULT_POOL_BYTES, KVCacheSpec, free_device_bytes, num_blocks_for
 from jaxserve.messages import TopLogprobs
 from jaxserve.models.config import ModelConfig
@@ -46,11 +47,14 @@ class PlatformDefaults(NamedTuple):
     max_num_batched_tokens: int
     block_size: int
     smallest_buckets: tuple[int, ...]
+    smallest_mixed_bucket: (
+        int | None
+    )  # below, programs are for decoding alone; None: every program takes everything
 
 
 # a lone sequence is worth a program of its own on a CPU, where every row costs
-PLATFORM_DEFAULTS = {"cpu": PlatformDefaults(64, 256, 16, (1, 8))}
-ACCELERATOR_DEFAULTS = PlatformDefaults(256, 2048, 32, (16,))
+PLATFORM_DEFAULTS = {"cpu": PlatformDefaults(64, 256, 16, (1, 8), None)}
+ACCELERATOR_DEFAULTS = PlatformDefaults(256, 2048, 32, (16,), 256)
 
 
 class StepResult:
@@ -120,15 +124,23 @@ class ModelRunner:
         self.dtype = _resolve_dtype(config, self.model_config, self.device)
         self.max_model_len = _resolve_max_model_len(config, self.model_config)
         defaults = PLATFORM_DEFAULTS.get(self.device.platform, ACCELERATOR_DEFAULTS)
-        self.block_size = config.block_size or defaults.block_size
         self._max_num_seqs = config.max_num_seqs or defaults.max_num_seqs
         chunk = defaults.max_num_batched_tokens if config.enable_chunked_prefill else self.max_model_len
         max_num_batched_tokens = config.max_num_batched_tokens or chunk
-        self.buckets = token_buckets(max_num_batched_tokens, defaults.smallest_buckets)
+        self.block_size = config.block_size or self._default_block_size(defaults)
+        self.attention_backend = self._choose_attention(max_num_batched_tokens)
+        self.shapes = step_shapes(
+            token_buckets(max_num_batched_tokens, defaults.smallest_buckets),
+            defaults.smallest_mixed_bucket,
+            max_num_seqs=_round_up(self._max_num_seqs, ROW_MULTIPLE),
+            blocks_per_row=_ceil_div(self.max_model_len, self.block_size),
+        )
         self._definition = ModelDefinition.of(
             lambda: Llama(self.model_config, dtype=self.dtype, max_model_len=self.max_model_len)
         )
-        self._spec = KVCacheSpec.of(self.model_config, self.block_size, self.dtype, self.device.platform)
+        self._spec = KVCacheSpec.of(
+            self.model_config, self.block_size, self.dtype, self.device.platform, self.attention_backend
+        )
         self._free_bytes = (
             None
             if config.kv_cache_memory_bytes
@@ -138,7 +150,7 @@ class ModelRunner:
         guess = self._num_blocks(program_bytes=PROGRAM_BYTES_GUESS)
         self.limits = self._limits(guess)  # what cannot work is said before anything is loaded
         self._slots = SlotTableManager(self._max_num_seqs, self.model_config.vocab_size, self.device)
-        self._programs: dict[int, jax.stages.Compiled] = {}
+        self._programs: dict[StepShape, jax.stages.Compiled] = {}
         self._all_logits: jax.stages.Wrapped | None = None
         with ThreadPoolExecutor(COMPILE_THREADS + 1, thread_name_prefix="startup") as pool:
             started = time.monotonic()
@@ -149,22 +161,22 @@ class ModelRunner:
                 self._spec.allocate(num_blocks), jnp.zeros((num_blocks, self.block_size), jnp.int32)
             )
             self._leaves = loading.result()
-            for bucket, program in programs.items():
-                self._programs[bucket] = program.result()
+            for shape, program in programs.items():
+                self._programs[shape] = program.result()
                 # the first run of a program pays for what later ones find ready
-                np.asarray(self._execute(bucket, np.zeros(self._step_shape(bucket).size, np.int32)).sampled)
-        buckets = ", ".join(map(str, self.buckets))
-        report(f"compiled {len(programs)} programs ({buckets} tokens) in {_seconds_since(started)}")
+                np.asarray(self._execute(shape, np.zeros(shape.size, np.int32)).sampled)
+        sizes = ", ".join(f"{s.num_tokens}{' decoded' if s.decode_only else ''}" for s in self.shapes)
+        report(f"compiled {len(programs)} programs ({sizes} tokens) in {_seconds_since(started)}")
         self.compilations.reset()
 
     def run(self, plan: StepPlan) -> StepResult:
         """Compute one step: one transfer in, one program, one small transfer out."""
-        bucket = next(b for b in self.buckets if b >= plan.num_tokens)
-        if any(row.sequence.rates_prompt for row in plan.rows):
-            bucket = self.buckets[-1]  # the one program that can
+        needed, rows = plan.num_tokens, len(plan.rows)
+        rates = any(row.sequence.rates_prompt for row in plan.rows)
+        shape = next(shape for shape in self.shapes if shape.fits(needed, rows, prompt_logprobs=rates))
         self._slots.assign([row.sequence for row in plan.rows if row.samples])
-        packed = pack_step(plan, self._step_shape(bucket), self.block_size, self._slots)
-        return StepResult(self._execute(bucket, packed), self.config)
+        packed = pack_step(plan, shape, self.block_size, self._slots)
+        return StepResult(self._execute(shape, packed), self.config)
 
     def describe_kv_cache(self) -> str:
         """One line for the log."""
@@ -183,9 +195,10 @@ class ModelRunner:
         )
         sequence.block_table = list(range(1, 1 + _ceil_div(len(sequence), self.block_size)))
         chunks = []
-        shape = self._step_shape(self.buckets[-1])
+        shape = self.shapes[-1]
         if self._all_logits is None:
-            self._all_logits = jax.jit(make_all_logits(self._definition, shape), donate_argnums=1)
+            logits = make_all_logits(self._definition, shape, attention_backend=self.attention_backend)
+            self._all_logits = jax.jit(logits, donate_argnums=1)
         while sequence.num_uncomputed_tokens:
             num_tokens = min(sequence.num_uncomputed_tokens, shape.num_tokens)
             packed = pack_step(StepPlan([ScheduledRow(sequence, num_tokens, [])]), shape, self.block_size)
@@ -195,6 +208,33 @@ class ModelRunner:
         return np.concatenate(chunks)
 
     # --- start --------------------------------------------------------------------------------------------
+
+    def _default_block_size(self, defaults: PlatformDefaults) -> int:
+        """The platform's, or the next larger one with which block tables stay small enough for the kernel."""
+        if self.device.platform != "tpu":
+            return defaults.block_size
+        from jaxserve.kernels import pallas_tpu  # where it runs: importing Pallas takes a while
+
+        try:
+            return pallas_tpu.default_block_size(self._max_num_seqs, self.max_model_len)
+        except ValueError as error:
+            raise ConfigError(str(error)) from None
+
+    def _choose_attention(self, num_tokens: int) -> str:
+        model = self.model_config
+        shape = ServingShape(
+            num_tokens=_round_up(num_tokens, TOKEN_GROUP),
+            num_seqs=_round_up(self._max_num_seqs, ROW_MULTIPLE),
+            blocks_per_seq=_ceil_div(self.max_model_len, self.block_size),
+            num_heads=model.num_heads,
+            dtype=self.dtype,
+            pool=PoolShape(2, model.num_kv_heads, self.block_size, model.head_dim, self.dtype),
+            sliding_window=model.sliding_window,
+        )
+        try:
+            return backend_for(shape, self.config.attention_backend, self.device.platform)
+        except ValueError as error:
+            raise ConfigError(str(error)) from None
 
     def _load(self, checkpoint: Checkpoint, report: Report) -> list[jax.Array]:
         started = time.monotonic()
@@ -213,21 +253,21 @@ class ModelRunner:
 
     def _compile_all(
         self, pool: ThreadPoolExecutor, guess: int
-    ) -> tuple[dict[int, Future[jax.stages.Compiled]], int]:
+    ) -> tuple[dict[StepShape, Future[jax.stages.Compiled]], int]:
         """All programs in the making, and the number of blocks that they are compiled for.
 
         The number is part of the programs' shape and depends on the memory that they need, so they are compiled
         for a guess; the figures of the largest one confirm or correct it.
         """
-        largest_first = self.buckets[::-1]
-        programs = {b: pool.submit(self._compile, b, guess) for b in largest_first}
+        largest_first = self.shapes[::-1]
+        programs = {s: pool.submit(self._compile, s, guess) for s in largest_first}
         largest = programs[largest_first[0]].result()
         num_blocks = self._num_blocks(program_bytes=_program_bytes(largest))
         if guess <= num_blocks <= 1.05 * guess:
             return programs, guess
         for program in programs.values():
             program.cancel()
-        return {b: pool.submit(self._compile, b, num_blocks) for b in largest_first}, num_blocks
+        return {s: pool.submit(self._compile, s, num_blocks) for s in largest_first}, num_blocks
 
     def _limits(self, num_blocks: int) -> SchedulerConfig:
         return SchedulerConfig(
@@ -240,13 +280,13 @@ class ModelRunner:
             enable_chunked_prefill=self.config.enable_chunked_prefill,
         )
 
-    def _compile(self, bucket: int, num_blocks: int) -> jax.stages.Compiled:
-        shape = self._step_shape(bucket)
+    def _compile(self, shape: StepShape, num_blocks: int) -> jax.stages.Compiled:
         step = make_step(
             self._definition,
             shape,
             max_logprobs=self.config.max_logprobs,
             processed_logprobs=self.config.logprobs_mode == "processed",
+            attention_backend=self.attention_backend,
         )
         leaves = [jax.ShapeDtypeStruct(s, self.dtype) for s in self._definition.shapes]
         tokens = jax.ShapeDtypeStruct((num_blocks, self.block_size), jnp.int32)
@@ -256,16 +296,11 @@ class ModelRunner:
             lowered = jax.jit(step, donate_argnums=1).lower(leaves, pools, self._slots.on_device(), packed)
             return lowered.compile()
 
-    def _execute(self, bucket: int, packed: npt.NDArray[np.int32]) -> StepOutputs:
+    def _execute(self, shape: StepShape, packed: npt.NDArray[np.int32]) -> StepOutputs:
         outputs: StepOutputs
         tables = self._slots.on_device()
-        outputs, self._pools = self._programs[bucket](self._leaves, self._pools, tables, packed)
+        outputs, self._pools = self._programs[shape](self._leaves, self._pools, tables, packed)
         return outputs
-
-    def _step_shape(self, bucket: int) -> StepShape:
-        num_rows = min(bucket, _round_up(self._max_num_seqs, ROW_MULTIPLE))
-        blocks_per_row = _ceil_div(self.max_model_len, self.block_size)
-        return StepShape(bucket, num_rows, blocks_per_row, prompt_logprobs=bucket == self.buckets[-1])
 
     def _num_blocks(self, *, program_bytes: int) -> int:
         if self._free_bytes is None:
@@ -292,6 +327,32 @@ def token_buckets(max_num_batched_tokens: int, smallest: tuple[int, ...]) -> lis
     while len(buckets) > MAX_PROGRAMS:
         del buckets[-3]  # few steps are between a full chunk and a full batch of decodes
     return buckets
+
+
+def step_shapes(
+    buckets: list[int], smallest_mixed: int | None, *, max_num_seqs: int, blocks_per_row: int
+) -> list[StepShape]:
+    """Shapes that programs are compiled for, in the order in which a step looks for the first that fits it; at most
+    MAX_PROGRAMS, and the last one takes everything.
+
+    Args:
+        smallest_mixed: rows of several tokens get programs only from this size on, and decoding gets programs
+            of its own for up to `max_num_seqs` rows; None: one program a bucket, for both.
+    """
+
+    def shape(bucket: int, *, decode_only: bool = False) -> StepShape:
+        last = bucket == buckets[-1] and not decode_only
+        rows = min(bucket, max_num_seqs)
+        return StepShape(bucket, rows, blocks_per_row, prompt_logprobs=last, decode_only=decode_only)
+
+    if smallest_mixed is None:
+        return [shape(bucket) for bucket in buckets]
+    decode = [b for i, b in enumerate(buckets) if i == 0 or buckets[i - 1] < max_num_seqs]
+    mixed = [b for b in buckets[:-1] if b >= smallest_mixed] + [buckets[-1]]
+    shapes = [*(shape(b, decode_only=True) for b in decode), *map(shape, mixed)]
+    while len(shapes) > MAX_PROGRAMS:
+        del shapes[-3]
+    return shapes
 
 
 def prompt_logits(config: EngineConfig, prompts: list[list[int]]) -> list[npt.NDArray[np.float32]]:

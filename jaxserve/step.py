@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
 import jax
@@ -12,8 +13,10 @@ from flax import nnx
 from jax import lax
 
 from jaxserve.kernels.metadata import AttentionMetadata
+from jaxserve.kernels.paged_attention import paged_attention
+from jaxserve.kernels.reference import QuantizedPool
 from jaxserve.logits_processors import ProcessorInputs, SlotTables, write_tokens
-from jaxserve.models.llama import Llama
+from jaxserve.models.llama import Attend, Llama
 from jaxserve.sampler import SamplingInputs, logprobs_of, sample
 from jaxserve.step_inputs import StepShape
 
@@ -54,7 +57,7 @@ class Pools(NamedTuple):
         tokens: [N, B] int32; the token id of every slot.
     """
 
-    kv: list[jax.Array]
+    kv: list[jax.Array | QuantizedPool]
     tokens: jax.Array
 
 
@@ -81,16 +84,22 @@ PROMPT_GROUP = 16  # tokens of a prompt whose logits exist at a time
 
 
 def make_step(
-    definition: ModelDefinition, shape: StepShape, *, max_logprobs: int, processed_logprobs: bool
+    definition: ModelDefinition,
+    shape: StepShape,
+    *,
+    max_logprobs: int,
+    processed_logprobs: bool,
+    attention_backend: str = "auto",
 ) -> Step:
-    """The function to compile for one bucket."""
+    """The function to compile for one shape; `attention_backend` as in `kernels.paged_attention`."""
+    attend = partial(paged_attention, backend=attention_backend, decode_only=shape.decode_only)
 
     def step(
         leaves: list[jax.Array], pools: Pools, tables: SlotTables, packed: jax.Array
     ) -> tuple[StepOutputs, Pools]:
         inputs = shape.unpack(packed)
         model = definition.build(leaves)
-        hidden, pools = _forward(model, inputs, pools)
+        hidden, pools = _forward(model, inputs, pools, attend)
         logits = model.logits(hidden[inputs["logits_index"]])
         out = sample(
             logits,
@@ -167,19 +176,22 @@ def _prompt_logprobs(
 
 
 def make_all_logits(
-    definition: ModelDefinition, shape: StepShape
+    definition: ModelDefinition, shape: StepShape, *, attention_backend: str = "auto"
 ) -> Callable[[list[jax.Array], Pools, jax.Array], tuple[jax.Array, Pools]]:
     """Like a step, but its outputs are the logits of all tokens, float32 [T, V]: for tests and comparisons."""
+    attend = partial(paged_attention, backend=attention_backend)
 
     def all_logits(leaves: list[jax.Array], pools: Pools, packed: jax.Array) -> tuple[jax.Array, Pools]:
         model = definition.build(leaves)
-        hidden, pools = _forward(model, shape.unpack(packed), pools)
+        hidden, pools = _forward(model, shape.unpack(packed), pools, attend)
         return model.logits(hidden), pools
 
     return all_logits
 
 
-def _forward(model: Llama, inputs: dict[str, jax.Array], pools: Pools) -> tuple[jax.Array, Pools]:
+def _forward(
+    model: Llama, inputs: dict[str, jax.Array], pools: Pools, attend: Attend
+) -> tuple[jax.Array, Pools]:
     num_single_tokens, num_tiles, num_copies = inputs["counts"][:3]
     pools = Pools(*copy_blocks((pools.kv, pools.tokens), inputs["block_copies"], num_copies))
     metadata = AttentionMetadata(
@@ -194,7 +206,7 @@ def _forward(model: Llama, inputs: dict[str, jax.Array], pools: Pools) -> tuple[
         num_tiles=num_tiles,
     )
     tokens = write_tokens(pools.tokens, inputs["token_ids"], inputs["slot_mapping"])
-    hidden, kv_pools = model(inputs["token_ids"], inputs["positions"], pools.kv, metadata)
+    hidden, kv_pools = model(inputs["token_ids"], inputs["positions"], pools.kv, metadata, attend)
     return hidden, Pools(kv_pools, tokens)
 
 

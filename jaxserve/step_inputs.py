@@ -37,12 +37,14 @@ class StepShape:
         num_rows: S, sequences at most.
         blocks_per_row: M, blocks of one sequence at most.
         prompt_logprobs: whether the step can report them; one bucket that does is enough.
+        decode_only: every row has one token.
     """
 
     num_tokens: int
     num_rows: int
     blocks_per_row: int
     prompt_logprobs: bool = False
+    decode_only: bool = False
 
     @cached_property
     def fields(self) -> dict[str, tuple[int, ...]]:
@@ -86,7 +88,16 @@ class StepShape:
     @property
     def tiled(self) -> bool:
         """Whether rows of several tokens are attended in tiles."""
-        return self.num_tokens > MAX_UNTILED_TOKENS
+        return self.num_tokens > MAX_UNTILED_TOKENS and not self.decode_only
+
+    def fits(self, num_tokens: int, num_rows: int, *, prompt_logprobs: bool) -> bool:
+        """Whether a step of this shape can compute that many tokens of that many rows."""
+        only_decodes = num_tokens == num_rows
+        return (
+            num_tokens <= self.num_tokens
+            and (only_decodes or not self.decode_only)
+            and (self.prompt_logprobs or not prompt_logprobs)
+        )
 
     @cached_property
     def size(self) -> int:

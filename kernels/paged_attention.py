@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -33,6 +33,33 @@ class Request(NamedTuple):
         return self.kv_pool.values if isinstance(self.kv_pool, QuantizedPool) else self.kv_pool
 
 
+class PoolShape(NamedTuple):
+    """A pool, however a backend lays it out.
+
+    Attributes:
+        dtype: of K and V; one of 8 bits makes it a QuantizedPool.
+    """
+
+    num_blocks: int
+    num_kv_heads: int
+    block_size: int
+    head_dim: int
+    dtype: jnp.dtype
+
+
+class ServingShape(NamedTuple):
+    """What the largest serving step asks for: everything that matters for the choice of a backend."""
+
+    num_tokens: int
+    num_seqs: int
+    blocks_per_seq: int
+    num_heads: int
+    dtype: jnp.dtype
+    pool: PoolShape
+    sliding_window: int | None = None
+    soft_cap: float | None = None
+
+
 class Backend(NamedTuple):
     """One implementation.
 
@@ -40,11 +67,36 @@ class Backend(NamedTuple):
         platforms: where `auto` takes it; empty: only where it is named.
         unsupported: why it cannot do a request, or None.
         run: does it.
+        pool: its layout of a pool on a platform, as jax.ShapeDtypeStruct.
     """
 
     platforms: tuple[str, ...]
     unsupported: Callable[[Request, str], str | None]
     run: Callable[[Request], tuple[jax.Array, jax.Array | QuantizedPool]]
+    pool: Callable[[PoolShape, str], jax.Array | QuantizedPool]
+
+
+def _struct(shape: tuple[int, ...], dtype: Any) -> Any:
+    return jax.ShapeDtypeStruct(shape, dtype)
+
+
+def _plain_pool(shape: PoolShape, platform: str) -> jax.Array | QuantizedPool:
+    """[N, 2, K, B, D]; scales [N, 2, K, B]. On CPU 16-bit floats are kept as their bits: blocked_attention says why."""
+    layout = (shape.num_blocks, 2, shape.num_kv_heads, shape.block_size)
+    if shape.dtype.itemsize == 1:
+        return QuantizedPool(_struct((*layout, shape.head_dim), shape.dtype), _struct(layout, jnp.float32))
+    as_bits = platform == "cpu" and shape.dtype.itemsize == 2
+    return _struct((*layout, shape.head_dim), jnp.dtype(jnp.uint16) if as_bits else shape.dtype)
+
+
+def _pallas_tpu_pool(shape: PoolShape, _: str) -> jax.Array | QuantizedPool:
+    from jaxserve.kernels import pallas_tpu
+
+    N, K, B, D, dtype = shape
+    values = _struct(pallas_tpu.pool_shape(N, K, B, D), dtype)
+    if dtype.itemsize == 1:
+        return QuantizedPool(values, _struct(pallas_tpu.scales_shape(N, K, B), jnp.float32))
+    return values
 
 
 def _unsupported_by_pallas_tpu(request: Request, platform: str) -> str | None:
@@ -122,10 +174,10 @@ def _run_reference(r: Request) -> tuple[jax.Array, jax.Array | QuantizedPool]:
 
 
 BACKENDS = {  # in order of preference
-    "pallas_tpu": Backend(("tpu",), _unsupported_by_pallas_tpu, _run_pallas_tpu),
-    "blocked": Backend(("cpu", "cuda", "rocm", "gpu", "tpu"), _unsupported_by_blocked, _run_blocked),
+    "pallas_tpu": Backend(("tpu",), _unsupported_by_pallas_tpu, _run_pallas_tpu, _pallas_tpu_pool),
+    "blocked": Backend(("cpu", "gpu", "tpu"), _unsupported_by_blocked, _run_blocked, _plain_pool),
     # gathers every token's whole context: memory for tests, not for serving
-    "reference": Backend((), _unsupported_by_reference, _run_reference),
+    "reference": Backend((), _unsupported_by_reference, _run_reference, _plain_pool),
 }
 
 
@@ -175,15 +227,55 @@ def choose_backend(request: Request, backend: str, platform: str) -> str:
     Raises:
         ValueError: none fits.
     """
+    return _choose(lambda _: request, backend, platform)
+
+
+def backend_for(shape: ServingShape, backend: str, platform: str) -> str:
+    """Name of the implementation that serves a model: each is asked about a pool in its own layout.
+
+    Raises:
+        ValueError: none fits.
+    """
+
+    def request(name: str) -> Request:
+        _, K, _, D, _ = shape.pool
+        T, S, M, ints = shape.num_tokens, shape.num_seqs, shape.blocks_per_seq, jnp.int32
+        queries, kv = _struct((T, shape.num_heads, D), shape.dtype), _struct((T, K, D), shape.dtype)
+        metadata = AttentionMetadata(
+            block_tables=_struct((S, M), ints),
+            seq_lens=_struct((S,), ints),
+            query_start_loc=_struct((S + 1,), ints),
+            positions=_struct((T,), ints),
+            token_rows=_struct((T,), ints),
+            slot_mapping=_struct((T,), ints),
+            num_single_tokens=_struct((), ints),
+            tiles=_struct((0, 2), ints),
+            num_tiles=_struct((), ints),
+        )
+        pool = pool_struct(name, shape.pool, platform)
+        return Request(
+            queries, kv, kv, pool, metadata, D**-0.5, shape.sliding_window, shape.soft_cap, decode_only=False
+        )
+
+    return _choose(request, backend, platform)
+
+
+def pool_struct(backend: str, shape: PoolShape, platform: str) -> jax.Array | QuantizedPool:
+    """Shape and dtype of one layer's pool as a backend wants it: jax.ShapeDtypeStruct, alone or in a QuantizedPool."""
+    return BACKENDS[backend].pool(shape, platform)
+
+
+def _choose(request: Callable[[str], Request], backend: str, platform: str) -> str:
+    """`request`: name of a backend → what it is asked."""
     if backend != "auto":
         if backend not in BACKENDS:
             raise ValueError(f"There is no attention backend {backend!r}: use auto or {', '.join(BACKENDS)}.")
-        if reason := BACKENDS[backend].unsupported(request, platform):
+        if reason := BACKENDS[backend].unsupported(request(backend), platform):
             raise ValueError(f"Attention backend {backend} does not fit: {reason}.")
         return backend
     reasons = {}
     for name, candidate in BACKENDS.items():
-        reason = candidate.unsupported(request, platform)
+        reason = candidate.unsupported(request(name), platform)
         if reason is None and platform in candidate.platforms:
             return name
         reasons[name] = reason or "it is taken only where it is asked for"
@@ -194,4 +286,5 @@ def choose_backend(request: Request, backend: str, platform: str) -> str:
 def current_platform() -> str:
     """What is compiled for: the chip that `jax.sharding.use_abstract_mesh` names, else the default one."""
     device = jax.sharding.get_abstract_mesh().abstract_device
-    return jax.default_backend() if device is None else device.platform
+    name = jax.default_backend() if device is None else device.platform
+    return "gpu" if name in ("cuda", "rocm") else name

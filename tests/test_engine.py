@@ -14,8 +14,9 @@ from jaxserve.config import EngineConfig
 from jaxserve.engine import Engine
 from jaxserve.errors import RequestError
 from jaxserve.messages import AbortRequest, AddRequest, SequenceOutput
-from jaxserve.model_runner import ModelRunner, token_buckets
+from jaxserve.model_runner import ModelRunner, step_shapes, token_buckets
 from jaxserve.sampling_params import SamplingParams
+from jaxserve.step_inputs import StepShape
 
 TINY = {
     "architectures": ["LlamaForCausalLM"],
@@ -292,6 +293,27 @@ def test_buckets_are_at_most_eight_and_reach_the_budget() -> None:
         assert buckets[-1] >= budget
 
 
+def test_accelerators_decode_with_programs_of_their_own() -> None:
+    shapes = step_shapes(token_buckets(2048, (16,)), 256, max_num_seqs=256, blocks_per_row=4)
+    sizes = [(shape.num_tokens, shape.decode_only) for shape in shapes]
+    decode = [(16, True), (32, True), (64, True), (128, True), (256, True)]
+    assert sizes == [*decode, (256, False), (1024, False), (2048, False)]
+    assert [shape.prompt_logprobs for shape in shapes] == [False] * 7 + [True]
+    few = step_shapes(token_buckets(100, (16,)), 256, max_num_seqs=24, blocks_per_row=4)
+    assert [(s.num_tokens, s.num_rows, s.decode_only) for s in few] == [
+        (16, 16, True), (32, 24, True), (112, 24, False),
+    ]  # fmt: skip
+
+
+def test_a_step_takes_the_first_shape_that_fits() -> None:
+    decode, mixed = StepShape(8, 8, 4, decode_only=True), StepShape(8, 8, 4)
+    assert decode.fits(2, 2, prompt_logprobs=False)
+    assert not decode.fits(3, 2, prompt_logprobs=False)
+    assert not decode.fits(9, 9, prompt_logprobs=False)
+    assert mixed.fits(3, 2, prompt_logprobs=False)
+    assert not mixed.fits(3, 2, prompt_logprobs=True)
+
+
 def test_one_program_and_one_transfer_each_way_per_step(
     runner: ModelRunner, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -299,16 +321,16 @@ def test_one_program_and_one_transfer_each_way_per_step(
     uploads: list[Any] = []
     programs = dict(runner._programs)
 
-    def counted(bucket: int) -> Any:
+    def counted(step: StepShape) -> Any:
         def call(leaves: Any, pools: Any, tables: Any, packed: Any) -> Any:
             calls.append(packed.shape)
             if all(tables.masks is not masks for masks in uploads):
                 uploads.append(tables.masks)  # on the device already, but for steps that change them
-            return programs[bucket](leaves, pools, tables, packed)
+            return programs[step](leaves, pools, tables, packed)
 
         return call
 
-    monkeypatch.setattr(runner, "_programs", {bucket: counted(bucket) for bucket in programs})
+    monkeypatch.setattr(runner, "_programs", {step: counted(step) for step in programs})
     engine = make_engine(runner)
     requests = mixed_requests(6)
     for request in requests:
@@ -327,7 +349,7 @@ def test_the_pool_is_updated_in_place(runner: ModelRunner) -> None:
     """No program holds a copy of it: aliased whole, and too little temporary memory for one layer's share."""
     num_blocks = 20_000
     pool_bytes = num_blocks * runner._spec.bytes_per_block
-    for bucket in (runner.buckets[0], runner.buckets[-1]):
-        memory = runner._compile(bucket, num_blocks).memory_analysis()
+    for shape in (runner.shapes[0], runner.shapes[-1]):
+        memory = runner._compile(shape, num_blocks).memory_analysis()
         assert memory.alias_size_in_bytes >= pool_bytes
         assert memory.temp_size_in_bytes < pool_bytes / 20

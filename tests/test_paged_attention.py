@@ -12,7 +12,15 @@ from hypothesis import strategies as st
 from jaxserve.block_manager import BlockCopy
 from jaxserve.kernels import pallas_tpu, reference
 from jaxserve.kernels.metadata import AttentionMetadata
-from jaxserve.kernels.paged_attention import Request, choose_backend, paged_attention
+from jaxserve.kernels.paged_attention import (
+    PoolShape,
+    Request,
+    ServingShape,
+    backend_for,
+    choose_backend,
+    paged_attention,
+    pool_struct,
+)
 from jaxserve.kernels.reference import QuantizedPool
 from jaxserve.sampling_params import SamplingParams
 from jaxserve.scheduler import ScheduledRow, StepPlan
@@ -172,6 +180,28 @@ def request(
 )
 def test_auto_takes_what_the_platform_prefers(layout: str, platform: str, expected: str) -> None:
     assert choose_backend(request(layout=layout), "auto", platform) == expected
+
+
+def serving(head_dim: int = 64, num_heads: int = 4, block_size: int = 16) -> ServingShape:
+    pool = PoolShape(8, 2, block_size, head_dim, jnp.dtype("bfloat16"))
+    return ServingShape(256, 8, 4, num_heads, jnp.dtype("bfloat16"), pool)
+
+
+def test_a_model_is_served_by_what_can_do_it_in_its_own_layout() -> None:
+    assert backend_for(serving(), "auto", "tpu") == "pallas_tpu"
+    assert backend_for(serving(head_dim=512), "auto", "tpu") == "blocked"
+    assert backend_for(serving(), "auto", "cpu") == "blocked"
+    with pytest.raises(ValueError, match="pallas_tpu does not fit: block_size 8 is not one of 16"):
+        backend_for(serving(block_size=8), "pallas_tpu", "tpu")
+
+
+def test_pools_have_their_backends_layout() -> None:
+    shape = PoolShape(8, 2, 16, 64, jnp.dtype("bfloat16"))
+    plain = pool_struct("blocked", shape, "cpu")
+    assert (plain.shape, plain.dtype) == ((8, 2, 2, 16, 64), jnp.uint16)  # type: ignore[union-attr]
+    assert pool_struct("blocked", shape, "gpu").dtype == jnp.bfloat16  # type: ignore[union-attr]
+    quantized = pool_struct("pallas_tpu", shape._replace(dtype=jnp.dtype("int8")), "tpu")
+    assert [x.shape for x in quantized] == [(8, 2, 16, 128), (8, 2, 2, 128)]  # type: ignore[union-attr]
 
 
 def test_none_fits_and_every_backend_says_why() -> None:

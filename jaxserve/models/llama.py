@@ -5,16 +5,22 @@ Projections that read the same input are fused: q, k, v into `qkv_proj`, gate an
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from jaxserve.kernels.metadata import AttentionMetadata
 from jaxserve.kernels.paged_attention import paged_attention
+from jaxserve.kernels.reference import QuantizedPool
 from jaxserve.models.config import ModelConfig
 from jaxserve.models.layers import Embedding, Linear, RMSNorm, matmul, rotary_embedding
 from jaxserve.models.loader import TensorSlot
 from jaxserve.models.rope import rope_frequencies
+
+Pool = jax.Array | QuantizedPool
+Attend = Callable[..., tuple[jax.Array, Pool]]
 
 
 class Attention(nnx.Module):
@@ -31,13 +37,19 @@ class Attention(nnx.Module):
         )
 
     def __call__(
-        self, x: jax.Array, cos: jax.Array, sin: jax.Array, kv_pool: jax.Array, metadata: AttentionMetadata
-    ) -> tuple[jax.Array, jax.Array]:
+        self,
+        x: jax.Array,
+        cos: jax.Array,
+        sin: jax.Array,
+        kv_pool: Pool,
+        metadata: AttentionMetadata,
+        attend: Attend,
+    ) -> tuple[jax.Array, Pool]:
         c = self.config
         T, H, K, D = x.shape[0], c.num_heads, c.num_kv_heads, c.head_dim
         qkv = self.qkv_proj(x).reshape(T, H + 2 * K, D)
         rotated = rotary_embedding(qkv[:, : H + K], cos, sin).astype(x.dtype)
-        out, kv_pool = paged_attention(
+        out, kv_pool = attend(
             rotated[:, :H],
             rotated[:, H:],
             qkv[:, H + K :].astype(x.dtype),
@@ -70,9 +82,15 @@ class DecoderLayer(nnx.Module):
         self.mlp = MLP(config, dtype)
 
     def __call__(
-        self, x: jax.Array, cos: jax.Array, sin: jax.Array, kv_pool: jax.Array, metadata: AttentionMetadata
-    ) -> tuple[jax.Array, jax.Array]:
-        attended, kv_pool = self.self_attn(self.input_layernorm(x), cos, sin, kv_pool, metadata)
+        self,
+        x: jax.Array,
+        cos: jax.Array,
+        sin: jax.Array,
+        kv_pool: Pool,
+        metadata: AttentionMetadata,
+        attend: Attend,
+    ) -> tuple[jax.Array, Pool]:
+        attended, kv_pool = self.self_attn(self.input_layernorm(x), cos, sin, kv_pool, metadata, attend)
         x = x + attended
         return x + self.mlp(self.post_attention_layernorm(x)), kv_pool
 
@@ -95,14 +113,16 @@ class Llama(nnx.Module):
         self,
         token_ids: jax.Array,
         positions: jax.Array,
-        kv_pools: list[jax.Array],
+        kv_pools: list[Pool],
         metadata: AttentionMetadata,
-    ) -> tuple[jax.Array, list[jax.Array]]:
+        attend: Attend = paged_attention,
+    ) -> tuple[jax.Array, list[Pool]]:
         """Hidden states of this step's tokens.
 
         Args:
             token_ids, positions: [T] int32.
-            kv_pools: one per layer, [N, 2, K, B, D] each.
+            kv_pools: one per layer, as `attend` wants them.
+            attend: `kernels.paged_attention`, or a partial application of it.
 
         Returns:
             (hidden [T, E], the updated kv_pools).
@@ -114,7 +134,7 @@ class Llama(nnx.Module):
         x = self.embed_tokens(token_ids).astype(jnp.float32)
         new_pools = []
         for layer, kv_pool in zip(self.layers, kv_pools, strict=True):
-            x, updated = layer(x, cos, sin, kv_pool, metadata)
+            x, updated = layer(x, cos, sin, kv_pool, metadata, attend)
             new_pools.append(updated)
         return self.norm(x), new_pools
 
