@@ -22,6 +22,7 @@ NUM_CANDIDATES = 1024  # covers almost every top-p set of a trained model
 NUM_BEAM_CANDIDATES = 256  # twice the widest beam search
 NO_TOKEN = -1  # sampled where no token is possible
 NUM_GROUPS = 128  # rows of the two-level cumulative sum
+GROUP_SIZE = 128  # neighbouring tokens of which `top_few` first looks at the largest alone
 BISECTION_STEPS = 32  # one per bit of a float32
 
 
@@ -269,11 +270,33 @@ def logprobs_of(logits: jax.Array, token_ids: jax.Array, max_logprobs: int) -> t
     chosen = jnp.take_along_axis(logits, token_ids[:, None], axis=-1, mode="promise_in_bounds")
     rank = 1 + jnp.sum(logits > chosen, axis=-1)
     k = min(max_logprobs, logits.shape[-1])
-    values, ids = lax.top_k(logits, k)
+    values, ids = top_few(logits, k)
     pad = ((0, 0), (0, max_logprobs - k))
     return (
         (chosen - normalizer)[:, 0],
         rank.astype(jnp.int32),
-        jnp.pad(ids.astype(jnp.int32), pad),
+        jnp.pad(ids, pad),
         jnp.pad(values - normalizer, pad, constant_values=-jnp.inf),
     )
+
+
+def top_few(x: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
+    """(values, ids) of the k largest of each row, [S, k] each, as `lax.top_k`, in a third of its time for a small k
+    on CPU.
+
+    The k largest are in the k groups of neighbours with the largest members: were one of them elsewhere, each of
+    these groups would hold one that goes before it.
+    """
+    S, V = x.shape
+    num_groups = -(-V // GROUP_SIZE)
+    if num_groups <= k:
+        values, ids = lax.top_k(x, k)
+        return values, ids.astype(jnp.int32)
+    padding = ((0, 0), (0, num_groups * GROUP_SIZE - V))
+    table = jnp.pad(x, padding, constant_values=-jnp.inf).reshape(S, num_groups, GROUP_SIZE)
+    _, groups = lax.optimization_barrier(lax.top_k(jnp.max(table, axis=-1), k))
+    groups = jnp.sort(groups, axis=-1).astype(jnp.int32)  # so that of equals the lowest id is the first one
+    members = jnp.take_along_axis(table, groups[:, :, None], axis=1, mode="promise_in_bounds")
+    values, index = lax.optimization_barrier(lax.top_k(members.reshape(S, k * GROUP_SIZE), k))
+    group = jnp.take_along_axis(groups, index // GROUP_SIZE, axis=-1, mode="promise_in_bounds")
+    return values, group * GROUP_SIZE + index % GROUP_SIZE

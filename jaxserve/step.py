@@ -80,7 +80,7 @@ Step = Callable[[list[jax.Array], Pools, SlotTables, jax.Array], tuple[StepOutpu
 """(parameter leaves, pools to donate, slot tables, packed inputs int32 [shape.size]) → (outputs, pools)."""
 
 Tree = TypeVar("Tree")
-PROMPT_GROUP = 16  # tokens of a prompt whose logits exist at a time
+PROMPT_GROUP = 64  # tokens of a prompt whose logits exist at a time
 
 
 def make_step(

@@ -1,7 +1,7 @@
 """What a decode step costs, by feature: python scripts/bench_step.py MODEL [--batch 16] [--steps 60].
 
 In-process, no server. Each variant is measured in turn, several times around, and reported as the median of its steps
-and as a ratio to plain greedy decoding in the same rounds.
+and as a ratio to plain greedy decoding (with --only: to the first variant named) in the same rounds.
 """
 
 from __future__ import annotations
@@ -12,12 +12,16 @@ import statistics
 import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
+from unittest import mock
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
-from jaxserve import LLM, SamplingParams
+from jaxserve import LLM, SamplingParams, sampler, step
 from jaxserve.constraints.constraint import CompiledConstraint, Constraint
 from jaxserve.messages import AbortRequest, AddRequest
+from jaxserve.sampler import SampleOutputs
 
 SCHEMA = {"type": "array", "items": {"type": "string"}, "minItems": 400}
 
@@ -39,6 +43,7 @@ def _mixed(i: int) -> dict[str, Any]:
     return features[i % len(features)]
 
 
+GREEDY_ONLY = "greedy, a program that can do nothing else"
 VARIANTS: dict[str, Variant] = {
     "greedy": Variant(lambda _: {"temperature": 0.0}),
     "temperature": Variant(lambda _: {"temperature": 1.0}),
@@ -59,19 +64,29 @@ def main() -> None:
     parser.add_argument("--context", type=int, default=128)
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument(
+        "--only", action="append", help="measure steps of this variant and no sequences; repeatable"
+    )
     args = parser.parse_args()
     llm = LLM(args.model, max_model_len=1024)
+    greedy_only = _greedy_only(args.model) if not args.only or GREEDY_ONLY in args.only else llm
     schema = Constraint(kind="json_schema", text=json.dumps(SCHEMA))
     constraint = llm.engine.text_constraints.compiler(llm.eos_token_ids).compile(schema)
-    times: dict[str, list[float]] = {name: [] for name in VARIANTS}
+    names = args.only or [GREEDY_ONLY, *VARIANTS]
+    times: dict[str, list[float]] = {name: [] for name in names}
     for _ in range(args.rounds):
-        for name, variant in VARIANTS.items():
-            times[name].append(_decode(llm, variant, constraint, args))
-    base = statistics.median(times["greedy"])
+        for name in names:
+            if name == GREEDY_ONLY:
+                times[name].append(_decode(greedy_only, VARIANTS["greedy"], constraint, args))
+            else:
+                times[name].append(_decode(llm, VARIANTS[name], constraint, args))
+    base = statistics.median(times[names[0]] if args.only else times["greedy"])
     for name, values in times.items():
         median = statistics.median(values)
         spread = f"{min(values):.1f} - {max(values):.1f}"
-        print(f"{name:30s} {median:7.1f} ms ({spread})  {median / base:.3f} x")
+        print(f"{name:42s} {median:7.1f} ms ({spread})  {median / base:.3f} x")
+    if args.only:
+        return
     beams, plain = _sequences(llm, args, beams=True), _sequences(llm, args, beams=False)
     print(
         f"beam search of width 4, 64 tokens: {beams:.2f} s; 4 greedy sequences: {plain:.2f} s; {beams / plain:.2f} x"
@@ -80,6 +95,28 @@ def main() -> None:
     print(
         f"prompt of 512 tokens: {unrated:.2f} s, with prompt_logprobs {rated:.2f} s; {rated / unrated:.2f} x"
     )
+
+
+def _greedy_only(model: str) -> LLM:
+    """Its programs hold none of the sampler but the argmax."""
+
+    def sample(logits: jax.Array, *_: Any, max_logprobs: int, **__: Any) -> SampleOutputs:
+        S, V = logits.shape
+        number, top = jnp.zeros(S), jnp.zeros((S, max_logprobs))
+        none = jnp.zeros((S, min(sampler.NUM_BEAM_CANDIDATES, V)))
+        candidates = sampler.BeamCandidates(none.astype(jnp.int32), none, none)
+        return SampleOutputs(
+            sampler._argmax(logits), number, number.astype(jnp.int32), top.astype(jnp.int32), top, candidates
+        )
+
+    def prompt_logprobs(*_: Any) -> jax.Array:
+        return jnp.zeros((0, 2), jnp.int32)
+
+    with (
+        mock.patch.object(step, "sample", sample),
+        mock.patch.object(step, "_prompt_logprobs", prompt_logprobs),
+    ):
+        return LLM(model, max_model_len=1024)
 
 
 def _prompt(args: argparse.Namespace, length: int | None = None) -> list[int]:

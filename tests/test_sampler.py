@@ -205,6 +205,21 @@ def test_processed_logprobs_are_those_of_the_distribution_that_was_sampled_from(
     assert np.exp(out.logprobs[0]) == pytest.approx(p[out.token_ids[0]], abs=1e-5)
 
 
+@pytest.mark.parametrize("V", [640, 1000, 1024])
+def test_the_few_largest_are_those_of_a_stable_sort_whatever_their_ties_and_groups(V: int) -> None:
+    k = 4
+    rows = np.random.default_rng(V).integers(0, 9, (16, V)).astype(np.float32)  # full of ties
+    rows[0] = -np.inf
+    rows[1] = -np.inf
+    rows[1, [V - 1, V - 3]] = 1.0
+    rows[2, 128 * np.arange(1, k + 1)] = 10.0  # each in a group of its own
+    rows[3, 300:304] = 10.0  # all in one
+    values, ids = jax.jit(sampler.top_few, static_argnums=1)(jnp.asarray(rows), k)
+    expected = np.argsort(-rows, axis=-1, kind="stable")[:, :k]
+    np.testing.assert_array_equal(ids, expected)
+    np.testing.assert_array_equal(values, np.take_along_axis(rows, expected, axis=-1))
+
+
 def test_more_logprobs_than_tokens_are_padded() -> None:
     out = run(np.zeros((1, 3)), inputs_for(1, num_logprobs=5))
     assert out.top_ids.shape == (1, 5)
