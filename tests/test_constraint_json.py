@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import jsonschema
 import pytest
 
-from jaxserve.constraints.constraint import Constraint, ConstraintError, TooComplexError
+from jaxserve.constraints.constraint import CompiledConstraint, Constraint, ConstraintError, TooComplexError
 from jaxserve.constraints.json_schema import FORMATS, normalize_schema
 from tests.constraint_walks import BYTE_COMPILER, texts_of
 
@@ -217,6 +218,14 @@ REFUSALS = [
     ({"type": "object", "minProperties": 2}, "minProperties is only supported"),
     ({"propertyNames": {"minLength": 2}}, "propertyNames is only supported"),
     ({"oneOf": [INTEGER, {"type": "number"}]}, "oneOf"),
+    ({"oneOf": [{"minimum": 0, "maximum": 5}, {"minimum": 5}], "type": "integer"}, "oneOf"),
+    ({"oneOf": [{"enum": [1, 2]}, {"const": 2.0}]}, "oneOf"),
+    ({"oneOf": [{"properties": {"a": {"const": i}}} for i in range(2)], "type": "object"}, "oneOf"),
+    ({"type": "object", "minProperties": 3, "maxProperties": 2}, "contradictory"),
+    (
+        {"type": "object", "properties": {"a": {}}, "minProperties": 2, "additionalProperties": False},
+        "contradictory",
+    ),
     ({"patternProperties": {"a": INTEGER, "b": STRING}}, "not disjoint"),
     (
         {"type": "number", "exclusiveMinimum": 0, "exclusiveMaximum": 0.5},
@@ -302,6 +311,8 @@ def properties(number: int, *, required: bool) -> dict[str, Any]:
         {"type": "array", "minItems": 10**6},
         {"type": "number", "multipleOf": 1e8},
         {"type": "string", "maxLength": 10**5},
+        {**properties(20, required=False), "additionalProperties": False, "minProperties": 10},
+        {**properties(10, required=False), "maxProperties": 9},
         {"type": "string", "pattern": "a{10001}"},
         {"enum": list(range(10001))},
         {"enum": [[list(range(100))] * 101]},
@@ -322,8 +333,8 @@ def test_what_is_too_large_is_refused(schema: dict[str, Any]) -> None:
         nested(64),
         properties(400, required=False),
         properties(1000, required=True),
-        {"type": "string", "minLength": 10**4},
-        {"type": "array", "maxItems": 10**4},
+        {"type": "string", "minLength": 65_536},
+        {"type": "array", "maxItems": 65_536},
         {"enum": list(range(9_999))},
         {"type": "integer", "multipleOf": 9973, "minimum": 1, "maximum": 10**15},
     ],
@@ -331,3 +342,104 @@ def test_what_is_too_large_is_refused(schema: dict[str, Any]) -> None:
 )
 def test_what_is_large_is_taken(schema: dict[str, Any]) -> None:
     BYTE_COMPILER.compile(schema_constraint(schema))
+
+
+# --- what is rewritten: every object or value, and whether it is allowed, as jsonschema has it ----------------
+
+
+def is_allowed(compiled: CompiledConstraint, value: object) -> bool:
+    matcher = BYTE_COMPILER.matcher(compiled)
+    text = json.dumps(value, separators=(",", ":"))
+    return all(matcher.accept(byte) for byte in text.encode()) and matcher.can_end
+
+
+@pytest.mark.parametrize("others", [False, True, {"type": "integer"}], ids=str)
+@pytest.mark.parametrize("required", [[], ["c"]], ids=str)
+@pytest.mark.parametrize("low", range(4))
+@pytest.mark.parametrize("high", [1, 2, 3, 4, None])
+def test_properties_are_counted_whichever_of_them_are_optional(
+    others: Any, required: list[str], low: int, high: int | None
+) -> None:
+    bounds = {"minProperties": low} | ({} if high is None else {"maxProperties": high})
+    names = ["a", "b", "c", "d"]
+    schema = {
+        "type": "object",
+        "properties": {name: {"const": 0} for name in names},
+        "required": required,
+        "additionalProperties": others,
+        **bounds,
+    }
+    if high is not None and high < low:
+        return
+    if others is not False and low > len(required) + 1:  # additional names could be repetitions
+        with pytest.raises(ConstraintError, match="minProperties is only supported"):
+            BYTE_COMPILER.compile(schema_constraint(schema))
+        return
+    compiled = BYTE_COMPILER.compile(schema_constraint(schema))
+    validator = jsonschema.Draft202012Validator(schema)
+    for count in range(len(names) + 1):
+        for chosen in itertools.combinations(names, count):
+            for extra in ([], ["x"], ["x", "y"]):
+                value = dict.fromkeys([*chosen, *extra], 0)
+                assert is_allowed(compiled, value) is validator.is_valid(value), value
+
+
+VALUES: list[Any] = [
+    None,
+    False,
+    True,
+    -1,
+    0,
+    1,
+    4,
+    5,
+    6,
+    9,
+    "",
+    "a",
+    "ab",
+    "abc",
+    [],
+    [1],
+    [1, 2],
+    {},
+    {"k": "x"},
+]
+VALUES += [{"k": "y", "v": 1}, {"k": "x", "v": 1}, {"k": "x", "w": 1}, {"k": 1, "w": 1}, {"v": 1}, {"w": 1}]
+TAGGED = [
+    {"type": "object", "properties": {"k": {"const": key}, "v": INTEGER}, "required": ["k"]} for key in "xy"
+]
+ONE_OF: list[dict[str, Any]] = [
+    {"oneOf": [{"const": i, "title": f"level {i}"} for i in range(6)]},
+    {"oneOf": [{"enum": [1, "a", None]}, {"enum": [True, 4]}]},
+    {"oneOf": [{"type": "integer", "maximum": 4}, {"type": "integer", "minimum": 5}, {"type": "null"}]},
+    {"type": "integer", "oneOf": [{"exclusiveMaximum": 5}, {"minimum": 5, "maximum": 6}]},
+    {"type": "string", "oneOf": [{"maxLength": 1}, {"minLength": 3}]},
+    {"oneOf": [{"type": "array", "maxItems": 1}, {"type": "array", "minItems": 2}], "items": INTEGER},
+    {"oneOf": TAGGED},
+    {"$defs": {"x": TAGGED[0], "y": TAGGED[1]}, "oneOf": [{"$ref": "#/$defs/x"}, {"$ref": "#/$defs/y"}]},
+    {"type": "object", "required": ["k"], "oneOf": [{"properties": {"k": {"const": key}}} for key in "xy"]},
+    {
+        "oneOf": [
+            {
+                **TAGGED[0],
+                "required": ["k", key],
+                "properties": {"k": STRING, key: INTEGER},
+                "additionalProperties": False,
+            }
+            for key in "vw"
+        ]
+    },
+    {"oneOf": [{"anyOf": [{"const": 1}, {"type": "null"}]}, {"allOf": [STRING, {"minLength": 2}]}]},
+    {"oneOf": [{"type": ["integer", "null"]}, {"type": ["string", "boolean"]}], "anyOf": [{"maxLength": 1}]},
+]
+
+
+@pytest.mark.parametrize("schema", ONE_OF, ids=lambda schema: json.dumps(schema)[:60])
+def test_one_of_branches_that_exclude_one_another_is_any_of_them(schema: dict[str, Any]) -> None:
+    assert "oneOf" not in json.dumps(normalize_schema(schema))
+    compiled = BYTE_COMPILER.compile(schema_constraint(schema))
+    validator = jsonschema.Draft202012Validator(schema)
+    allowed = [is_allowed(compiled, value) for value in VALUES]
+    assert allowed == [validator.is_valid(value) for value in VALUES]
+    assert any(allowed)

@@ -16,16 +16,17 @@ from typing import Any
 from urllib.parse import unquote
 
 from jaxserve.constraints.constraint import ConstraintError, TooComplexError
+from jaxserve.constraints.disjoint import Schema, one_of_to_any_of
+from jaxserve.constraints.property_counts import count_properties
 from jaxserve.constraints.regex import translate_regex
 
 MAX_DEPTH = 64
 MAX_MEMBERS = 10_000  # of all enums, and what is in them
 MAX_PROPERTIES = 4_096
 MAX_OPTIONAL_PROPERTIES = 400  # of one object: each may be the next one at every point
-MAX_COUNT = 10_000  # minItems, maxLength and the like
+MAX_COUNT = 65_536  # minItems, maxLength and the like: libraries count them, so that they cost nothing
 MAX_DIVISOR = 10_000
 
-Schema = bool | dict[str, Any]
 LARGEST_INTEGERS = (2**63 - 1, 2**64 - 1)  # as maximum they mean that there is none
 JSON_OBJECT: dict[str, Any] = {"type": "object"}
 TYPES = ("null", "boolean", "integer", "number", "string", "array", "object")
@@ -113,7 +114,8 @@ class _Normalizer:
             done.add(pointer)
             self._definitions[self._names[pointer]] = self._schema(self._resolve(pointer), pointer, 0)
             waiting += [other for other in self._names if other not in done and other not in waiting]
-        return _finite(root, self._definitions)
+        definitions = {n: one_of_to_any_of(s, self._definitions) for n, s in self._definitions.items()}
+        return _finite(one_of_to_any_of(root, self._definitions), definitions)
 
     # --- one schema -----------------------------------------------------------------------------------------
 
@@ -253,7 +255,7 @@ class _Normalizer:
         if len(optional) > MAX_OPTIONAL_PROPERTIES:
             limit = f"{len(optional):,} optional properties, at most {MAX_OPTIONAL_PROPERTIES} are supported"
             raise TooComplexError(f"An object has {limit} (at #{path}/properties).")
-        _check_property_count(result, path)
+        count_properties(result, path)
         _check_bounds(result, path)
 
     def _members(self, keyword: str, value: object, at: str, depth: int) -> dict[str, Schema]:
@@ -395,15 +397,6 @@ def _required(value: object, at: str) -> list[str]:
 
 def _speaks_of_objects(schema: dict[str, Any]) -> bool:
     return "properties" in schema or "patternProperties" in schema or schema.get("type") == ["object"]
-
-
-def _check_property_count(schema: dict[str, Any], path: str) -> None:
-    """`minProperties` counts distinct names, and a grammar cannot tell whether an additional one is a repetition."""
-    at_least = schema.get("minProperties", 0)
-    open_ended = schema.get("additionalProperties", True) is not False or schema.get("patternProperties")
-    if open_ended and at_least > len(schema.get("required", ())) + 1:
-        what = "minProperties is only supported up to the number of required properties and one more"
-        raise ConstraintError(f"{what}, or without additional properties (at #{path}/minProperties).")
 
 
 def _check_bounds(schema: dict[str, Any], path: str) -> None:
