@@ -13,7 +13,7 @@ Dtype = Literal["auto", "bfloat16", "float16", "float32"]
 LoadFormat = Literal["auto", "safetensors", "gguf", "dummy"]
 LogprobsMode = Literal["raw", "processed"]
 GuidedBackend = Literal["auto", "llguidance", "outlines", "lm-format-enforcer"]
-AttentionBackend = Literal["auto", "pallas_tpu", "blocked", "reference"]
+AttentionBackend = Literal["auto", "pallas_tpu", "pallas_triton", "blocked", "reference"]
 ToolCallParserName = Literal["hermes", "llama3_json", "pythonic"]
 
 

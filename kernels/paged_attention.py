@@ -123,6 +123,30 @@ def _run_pallas_tpu(r: Request) -> tuple[jax.Array, jax.Array | QuantizedPool]:
     )
 
 
+def _unsupported_by_pallas_triton(request: Request, platform: str) -> str | None:
+    if platform != "gpu":
+        return f"it runs on GPU, this is {platform}"
+    from jaxserve.kernels import pallas_triton
+
+    return pallas_triton.unsupported(request.queries, request.kv_pool)
+
+
+def _run_pallas_triton(r: Request) -> tuple[jax.Array, jax.Array | QuantizedPool]:
+    from jaxserve.kernels import pallas_triton
+
+    return pallas_triton.paged_attention(
+        r.queries,
+        r.keys,
+        r.values,
+        r.kv_pool,
+        r.metadata,
+        scale=r.scale,
+        sliding_window=r.sliding_window,
+        soft_cap=r.soft_cap,
+        decode_only=r.decode_only,
+    )
+
+
 def _unsupported_by_plain_jax(request: Request) -> str | None:
     pool = request.pool_values
     _, K, D = request.keys.shape
@@ -175,6 +199,7 @@ def _run_reference(r: Request) -> tuple[jax.Array, jax.Array | QuantizedPool]:
 
 BACKENDS = {  # in order of preference
     "pallas_tpu": Backend(("tpu",), _unsupported_by_pallas_tpu, _run_pallas_tpu, _pallas_tpu_pool),
+    "pallas_triton": Backend(("gpu",), _unsupported_by_pallas_triton, _run_pallas_triton, _plain_pool),
     "blocked": Backend(("cpu", "gpu", "tpu"), _unsupported_by_blocked, _run_blocked, _plain_pool),
     # gathers every token's whole context: memory for tests, not for serving
     "reference": Backend((), _unsupported_by_reference, _run_reference, _plain_pool),

@@ -173,7 +173,7 @@ def request(
     ("layout", "platform", "expected"),
     [
         ("plain", "cpu", "blocked"),
-        ("plain", "gpu", "blocked"),
+        ("plain", "gpu", "pallas_triton"),
         ("tpu", "tpu", "pallas_tpu"),
         ("plain", "tpu", "blocked"),
     ],
@@ -190,6 +190,7 @@ def serving(head_dim: int = 64, num_heads: int = 4, block_size: int = 16) -> Ser
 def test_a_model_is_served_by_what_can_do_it_in_its_own_layout() -> None:
     assert backend_for(serving(), "auto", "tpu") == "pallas_tpu"
     assert backend_for(serving(head_dim=512), "auto", "tpu") == "blocked"
+    assert backend_for(serving(), "auto", "gpu") == "pallas_triton"
     assert backend_for(serving(), "auto", "cpu") == "blocked"
     with pytest.raises(ValueError, match="pallas_tpu does not fit: block_size 8 is not one of 16"):
         backend_for(serving(block_size=8), "pallas_tpu", "tpu")
@@ -208,6 +209,7 @@ def test_none_fits_and_every_backend_says_why() -> None:
     with pytest.raises(ValueError, match="No attention backend fits on cpu") as error:
         choose_backend(request(soft_cap=30.0), "auto", "cpu")
     assert "pallas_tpu: it runs on TPU, this is cpu" in str(error.value)
+    assert "pallas_triton: it runs on GPU, this is cpu" in str(error.value)
     assert "blocked: it has no soft cap" in str(error.value)
     assert "reference: it is taken only where it is asked for" in str(error.value)
 
@@ -218,6 +220,8 @@ def test_none_fits_and_every_backend_says_why() -> None:
         ("pallas_tpu", {}, "cpu", "it runs on TPU, this is cpu"),
         ("pallas_tpu", {}, "tpu", r"it must be \[N, K, B, 2 · lanes\]"),
         ("pallas_tpu", {"layout": "tpu", "dtype": "float16"}, "tpu", "queries are float16"),
+        ("pallas_triton", {}, "cpu", "it runs on GPU, this is cpu"),
+        ("pallas_triton", {"layout": "tpu"}, "gpu", r"it must be \[N, 2, K, B, 64\]"),
         ("blocked", {"layout": "quantized"}, "cpu", "it has no quantized pools"),
         ("blocked", {"num_tokens": 17}, "cpu", "17 tokens are neither at most 16 nor a multiple of it"),
         ("blocked", {"layout": "tpu"}, "tpu", r"it must be \[N, 2, 2, B, 64\]"),
@@ -226,7 +230,7 @@ def test_none_fits_and_every_backend_says_why() -> None:
             "fast",
             {},
             "cpu",
-            "There is no attention backend 'fast': use auto or pallas_tpu, blocked, reference",
+            "There is no attention backend 'fast': use auto or pallas_tpu, pallas_triton, blocked, reference",
         ),
     ],
 )

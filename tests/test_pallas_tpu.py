@@ -22,48 +22,9 @@ from jax._src.pallas.mosaic.interpret import (
 )  # the races it found are not public
 from jax.experimental.pallas import tpu as pltpu
 
-from jaxserve.kernels import pallas_tpu, reference
-from jaxserve.kernels.metadata import AttentionMetadata
+from jaxserve.kernels import pallas_tpu
 from jaxserve.kernels.reference import QuantizedPool, quantize_kv
-
-BOUNDS = {"float32": 1e-5, "bfloat16": 1e-2}  # of the largest output of a token
-
-
-@dataclasses.dataclass(frozen=True)
-class Variant:
-    """What one compiled kernel is for."""
-
-    T: int
-    B: int
-    H: int
-    K: int
-    D: int
-    dtype: str = "bfloat16"
-    kv_dtype: str = "bfloat16"
-    sliding_window: int | None = None
-    soft_cap: float | None = None
-    decode_only: bool = False
-    num_cores: int = 1
-    max_context: int = 160
-    S: int = 6
-
-    def __str__(self) -> str:
-        """For the ids of tests."""
-        kind = "decode" if self.decode_only else "mixed"
-        window = f"-window{self.sliding_window}" if self.sliding_window else ""
-        cap = "-cap" if self.soft_cap else ""
-        cores = f"-cores{self.num_cores}" if self.num_cores > 1 else ""
-        shape = f"B{self.B}-H{self.H}-K{self.K}-D{self.D}"
-        return f"{kind}-{shape}-{self.dtype}-{self.kv_dtype}{window}{cap}{cores}"
-
-    @property
-    def M(self) -> int:  # noqa: N802
-        return -(-self.max_context // self.B)
-
-    @property
-    def quantized(self) -> bool:
-        return jnp.dtype(self.kv_dtype).itemsize == 1
-
+from tests.attention_cases import Case, Variant, draw_case
 
 # the first five of each cover every dtype, windows, caps and groupings; the others are for the full run
 DECODE = (
@@ -89,126 +50,37 @@ MIXED = (
 QUICK = (*DECODE[:5], *MIXED[:5])
 
 
-class Case:
-    """A batch of rows (tokens computed before, tokens of this step), and what attention should make of it."""
-
-    def __init__(self, variant: Variant, rows: list[tuple[int, int]], seed: int, shared: int = 0) -> None:
-        """`shared`: blocks at the start that all rows have in common, as far as their context fills them."""
-        self.variant = v = variant
-        self.rows = sorted(rows, key=lambda row: row[1] > 1)
-        self.num_tokens = sum(n for _, n in rows)
-        rng = np.random.RandomState(seed)
-        self.num_blocks = (v.S + 1) * v.M + 4  # more than are needed: the tables have holes
-        self.tables = self._block_tables(rng, shared)
-        self.metadata = self._metadata()
-        self.q, self.k, self.v = (
-            jnp.asarray(rng.randn(v.T, heads, v.D), v.dtype) for heads in (v.H, v.K, v.K)
-        )
-        plain = rng.randn(self.num_blocks, 2, v.K, v.B, v.D)
-        self.before = self._pool(jnp.asarray(plain, jnp.float32))
-        self.after, expected = meaning(v)(self.before, self.q, self.k, self.v, self.metadata)
-        self.expected = np.asarray(expected)[: self.num_tokens]
-
-    def _block_tables(self, rng: np.random.RandomState, shared: int) -> np.ndarray:
-        v = self.variant
-        free = [int(block) for block in rng.permutation(np.arange(1, self.num_blocks))]
-        prefix = [free.pop() for _ in range(shared)]
-        tables = np.zeros((v.S, v.M), np.int32)
-        for s, (computed, n) in enumerate(self.rows):
-            blocks = prefix[: computed // v.B]  # full ones only, as the block manager does it
-            blocks += [free.pop() for _ in range(-(-(computed + n) // v.B) - len(blocks))]
-            tables[s, : len(blocks)] = blocks
-        return tables
-
-    def _metadata(self) -> AttentionMetadata:
-        v = self.variant
-        seq_lens, starts = np.zeros(v.S, np.int32), np.full(v.S + 1, self.num_tokens, np.int32)
-        positions, token_rows, slots = (np.zeros(v.T, np.int32) for _ in range(3))
-        t = 0
-        for s, (computed, n) in enumerate(self.rows):
-            seq_lens[s], starts[s] = computed + n, t
-            for position in range(computed, computed + n):
-                block = self.tables[s, position // v.B]
-                positions[t], token_rows[t], slots[t] = position, s, block * v.B + position % v.B
-                t += 1
-        arrays = (self.tables, seq_lens, starts, positions, token_rows, slots)
-        none = jnp.zeros((), jnp.int32)
-        return AttentionMetadata(*map(jnp.asarray, arrays), none, jnp.zeros((0, 2), jnp.int32), none)
-
-    def _pool(self, plain: jax.Array) -> jax.Array | QuantizedPool:
-        if self.variant.quantized:
-            return QuantizedPool(*quantize_kv(plain, jnp.dtype(self.variant.kv_dtype)))
-        return plain.astype(self.variant.kv_dtype)
-
-    def owned(self, *, computed: bool) -> np.ndarray:
-        """[N, B]: slots with K and V of a row; with `computed`, of tokens before this step."""
-        owned = np.zeros((self.num_blocks, self.variant.B), bool)
-        for s, (before, n) in enumerate(self.rows):
-            for position in range(before + (0 if computed else n)):
-                owned[self.tables[s, position // self.variant.B], position % self.variant.B] = True
-        return owned
-
-    def poisoned(self) -> jax.Array | QuantizedPool:
-        """The pool as the kernel wants it, NaN (int8: NaN as the scale) where no row has computed anything."""
-        keep = jnp.asarray(self.owned(computed=True))[:, None, None, :]
-        pool = self.before
-        if isinstance(pool, QuantizedPool):
-            scales = jnp.where(keep, pool.scales, jnp.nan).transpose(0, 2, 1, 3)
-            spare = pallas_tpu.scales_shape(*pool.values.shape[:1], self.variant.K, self.variant.B)[3]
-            lanes = ((0, 0),) * 3 + ((0, spare - self.variant.B),)
-            scales = jnp.pad(scales, lanes, constant_values=jnp.nan)
-            return QuantizedPool(pallas_tpu.pack_pool(pool.values), scales)
-        return pallas_tpu.pack_pool(jnp.where(keep[..., None], pool, jnp.nan))
-
-    def run(self, kernel: Callable[..., Any] | None = None) -> tuple[np.ndarray, jax.Array | QuantizedPool]:
-        """(output of the real tokens, pool)"""
-        kernel = kernel or compiled(self.variant)
-        out, pool = kernel(self.q, self.k, self.v, self.poisoned(), self.metadata)
-        return np.asarray(out, np.float32)[: self.num_tokens], pool
-
-    def check(self) -> None:
-        out, pool = self.run()
-        assert not races_found()
-        self.check_output(out)
-        self.check_pool(pool)
-
-    def check_output(self, out: np.ndarray) -> None:
-        v = self.variant
-        wide = v.dtype == "float32"
-        assert np.isfinite(out).all()
-        error = np.abs(out - self.expected).max(axis=(1, 2)) / np.abs(self.expected).max(axis=(1, 2))
-        assert error.max() <= BOUNDS["float32" if wide else "bfloat16"]
-
-    def check_pool(self, pool: jax.Array | QuantizedPool) -> None:
-        """Every owned slot as the reference leaves it, bit for bit."""
-        owned = self.owned(computed=False)
-        if isinstance(pool, QuantizedPool) and isinstance(self.after, QuantizedPool):
-            scales = np.asarray(pool.scales)[..., : self.variant.B].transpose(0, 3, 2, 1)[owned]
-            np.testing.assert_allclose(
-                scales, np.asarray(self.after.scales).transpose(0, 3, 1, 2)[owned], rtol=1e-6
-            )
-            values, expected = pool.values, self.after.values
-        else:
-            values, expected = pool, self.after
-        unpacked = pallas_tpu.unpack_pool(values, self.variant.D)
-        ours, theirs = (
-            np.asarray(x.astype(jnp.float32)).transpose(0, 3, 1, 2, 4)[owned] for x in (unpacked, expected)
-        )
-        np.testing.assert_array_equal(ours, theirs)
+def packed(pool: jax.Array | QuantizedPool) -> jax.Array | QuantizedPool:
+    """The plain layout → the kernel's; lanes that no scale is in are NaN."""
+    if not isinstance(pool, QuantizedPool):
+        return pallas_tpu.pack_pool(pool)
+    N, _, K, B = pool.scales.shape
+    spare = pallas_tpu.scales_shape(N, K, B)[3] - B
+    scales = jnp.pad(
+        pool.scales.transpose(0, 2, 1, 3), ((0, 0),) * 3 + ((0, spare),), constant_values=jnp.nan
+    )
+    return QuantizedPool(pallas_tpu.pack_pool(pool.values), scales)
 
 
-@functools.cache
-def meaning(variant: Variant) -> Callable[..., Any]:
-    """(pool before, q, k, v, metadata) → (pool, float32 output), by the reference."""
-    v = variant
+def unpacked(pool: jax.Array | QuantizedPool, variant: Variant) -> jax.Array | QuantizedPool:
+    if not isinstance(pool, QuantizedPool):
+        return pallas_tpu.unpack_pool(pool, variant.D)
+    scales = pool.scales[..., : variant.B].transpose(0, 2, 1, 3)
+    return QuantizedPool(pallas_tpu.unpack_pool(pool.values, variant.D), scales)
 
-    def write_and_attend(pool: Any, q: Any, keys: Any, values: Any, metadata: AttentionMetadata) -> Any:
-        pool = reference.write_kv(pool, keys, values, metadata.slot_mapping)
-        limits = {"sliding_window": v.sliding_window, "soft_cap": v.soft_cap}
-        q = q.astype(jnp.float32)
-        return pool, reference.paged_attention(q, pool, metadata, scale=v.D**-0.5, **limits)
 
-    return jax.jit(write_and_attend)
+def run(case: Case, kernel: Callable[..., Any] | None = None) -> tuple[np.ndarray, jax.Array | QuantizedPool]:
+    """(output of the real tokens, pool in the plain layout)"""
+    kernel = kernel or compiled(case.variant)
+    out, pool = kernel(case.q, case.k, case.v, packed(case.poisoned()), case.metadata)
+    return np.asarray(out, np.float32)[: case.num_tokens], unpacked(pool, case.variant)
+
+
+def check(case: Case) -> None:
+    out, pool = run(case)
+    assert not races_found()
+    case.check_output(out)
+    case.check_pool(pool)
 
 
 def simulation(**settings: Any) -> pltpu.InterpretParams:
@@ -246,22 +118,6 @@ def fresh_simulator() -> Iterator[None]:
     pltpu.reset_tpu_interpret_mode_state()
 
 
-def draw_case(data: st.DataObject, variant: Variant) -> Case:
-    v = variant
-    lengths = st.integers(1, 1) if v.decode_only else st.sampled_from((1, 1, 2, 3, 7, 16, 17, 30))
-    rows: list[tuple[int, int]] = []
-    room = v.T
-    for _ in range(data.draw(st.integers(1, v.S), label="rows")):
-        n = min(data.draw(lengths), room)
-        if n > 0:
-            near_edge = st.sampled_from((0, 1, v.B - 1, v.B, v.B + 1, v.max_context - n))
-            computed = data.draw(st.one_of(st.integers(0, v.max_context - n), near_edge))
-            rows.append((min(computed, v.max_context - n), n))
-            room -= n
-    shared = data.draw(st.integers(0, v.M), label="shared blocks")
-    return Case(variant, rows, data.draw(st.integers(0, 9), label="seed"), shared)
-
-
 @pytest.mark.parametrize("variant", [*DECODE, *MIXED], ids=str)
 def test_equals_the_reference(variant: Variant, kernel_cases: int) -> None:
     if kernel_cases < 100 and variant not in QUICK:
@@ -278,7 +134,7 @@ def test_equals_the_reference(variant: Variant, kernel_cases: int) -> None:
     )
     @given(st.data())
     def cases(data: st.DataObject) -> None:
-        draw_case(data, variant).check()
+        check(draw_case(data, variant))
 
     cases()
 
@@ -287,14 +143,14 @@ def test_equals_the_reference(variant: Variant, kernel_cases: int) -> None:
 def test_a_step_without_rows_does_nothing(variant: Variant) -> None:
     case = Case(variant, [], seed=0)
     kernel = compiled(variant)
-    out, _ = kernel(case.q, case.k, case.v, case.poisoned(), case.metadata)
+    out, _ = kernel(case.q, case.k, case.v, packed(case.poisoned()), case.metadata)
     assert not np.asarray(out).any()
     assert not races_found()
 
 
 def test_padding_tokens_get_zeros() -> None:
     case = Case(MIXED[0], [(3, 1), (5, 9)], seed=0)
-    out, _ = compiled(case.variant)(case.q, case.k, case.v, case.poisoned(), case.metadata)
+    out, _ = compiled(case.variant)(case.q, case.k, case.v, packed(case.poisoned()), case.metadata)
     assert not np.asarray(out)[10:].any()
 
 
@@ -302,13 +158,13 @@ def test_a_row_does_not_depend_on_its_neighbours() -> None:
     """Bit for bit, though the neighbours are longer and share the buffers."""
     variant = DECODE[0]
     case = Case(variant, [(37, 1), (150, 1), (100, 1)], seed=1)
-    together, _ = case.run()
+    together, _ = run(case)
     alone = Case(variant, [(37, 1)], seed=1)
     alone.metadata = jax.tree.map(jnp.asarray, case.metadata)._replace(
         seq_lens=case.metadata.seq_lens.at[1:].set(0),
         query_start_loc=case.metadata.query_start_loc.at[1:].set(1),
     )
-    out, _ = compiled(variant)(case.q, case.k, case.v, case.poisoned(), alone.metadata)
+    out, _ = compiled(variant)(case.q, case.k, case.v, packed(case.poisoned()), alone.metadata)
     np.testing.assert_array_equal(np.asarray(out)[0], together[0])
 
 
@@ -331,7 +187,7 @@ def test_one_buffer_instead_of_two_is_a_race(variant: Variant, monkeypatch: pyte
     """The next chunk is fetched into the buffer that is being used."""
     for name in ("start_chunk", "wait_chunk", "_insert", "_update_single", "_update_tile"):
         monkeypatch.setattr(pallas_tpu._Step, name, with_slot_zero(getattr(pallas_tpu._Step, name)))
-    broken_batch(variant).run(build(variant))
+    run(broken_batch(variant), build(variant))
     assert races_found()
 
 
@@ -357,7 +213,7 @@ def test_using_a_chunk_before_waiting_for_it_is_caught(
     monkeypatch.setattr(pallas_tpu._Step, "wait_chunk", wait_later)
     monkeypatch.setattr(pallas_tpu._Step, update_name, use_and_wait)
     case = broken_batch(variant)
-    out, _ = case.run(build(variant))
+    out, _ = run(case, build(variant))
     assert races_found() or not np.isfinite(out).all()
 
 
@@ -380,7 +236,7 @@ def test_a_mask_that_is_off_by_one_is_caught(
     monkeypatch.setattr(pallas_tpu, "_visible", broken)
     rows = [(57, 1), (130, 1)] if variant.decode_only else [(57, 1), (90, 20), (0, 30)]
     case = Case(variant, rows, seed=1)
-    out, _ = case.run(build(variant, races=False))
+    out, _ = run(case, build(variant, races=False))
     with pytest.raises(AssertionError):
         case.check_output(out)
 
@@ -408,7 +264,7 @@ def test_decode_moves_hardly_more_than_it_must(context: int, moved: list[tuple[i
     """All DMAs of K and V: those read, the new ones, and those written."""
     variant = Variant(1, 128, 2, 1, 128, decode_only=True, max_context=max(context, 256), S=1)
     case = Case(variant, [(context - 1, 1)], seed=0)
-    out, _ = case.run(compiled(variant, races=False))
+    out, _ = run(case, compiled(variant, races=False))
     case.check_output(out)
     token_bytes = 2 * variant.K * variant.D * 2
     total = sum(size for lanes, size in moved if lanes == 2 * variant.D)  # queries and outputs have D lanes
@@ -418,7 +274,7 @@ def test_decode_moves_hardly_more_than_it_must(context: int, moved: list[tuple[i
 def test_a_window_reads_hardly_more_than_the_window(moved: list[tuple[int, ...]]) -> None:
     variant = dataclasses.replace(DECODE[1], max_context=2000, S=1, T=1)
     case = Case(variant, [(1999, 1)], seed=0)
-    out, _ = case.run(compiled(variant, races=False))
+    out, _ = run(case, compiled(variant, races=False))
     case.check_output(out)
     assert variant.sliding_window is not None
     tokens = sum(size for lanes, size in moved if lanes == 2 * variant.D) / (2 * variant.K * variant.D * 2)

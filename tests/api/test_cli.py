@@ -186,7 +186,7 @@ def test_the_variable_is_gone_afterwards_so_that_no_child_process_has_it(
         (["--max-body-bytes", "0"], "--max-body-bytes must be"),
         (["--kv-cache-memory-bytes", "0"], "--kv-cache-memory-bytes must be"),
         (["--block-size", "24"], "--block-size must be a power of two"),
-        (["--attention-backend", "fast"], "--attention-backend must be one of auto, pallas_tpu, blocked"),
+        (["--attention-backend", "fast"], "--attention-backend must be one of auto, pallas_tpu, pallas_triton"),
         (["--gpu-memory-utilization", "1.5"], "--gpu-memory-utilization must be greater than 0"),
         (["--gpu-memory-utilization", "nan"], "--gpu-memory-utilization must be"),
         (["--max-logprobs", "101"], "--max-logprobs must be between 0 and 100"),
