@@ -108,6 +108,21 @@ def headers_too_large(limit: int) -> HttpError:
     )
 
 
+def malformed_request(status: int) -> HttpError:
+    """What HTTP itself does not allow; `status` is the HTTP parser's choice."""
+    message = "The request is no valid HTTP request; see the rules for its first line, headers and framing."
+    return HttpError(
+        ErrorBody(status=status, type="invalid_request_error", code="invalid_value", message=message)
+    )
+
+
+def invalid_handshake() -> HttpError:
+    message = "This is no valid WebSocket handshake, and no WebSockets are served here."
+    return HttpError(
+        ErrorBody(status=400, type="invalid_request_error", code="invalid_value", message=message)
+    )
+
+
 def unsupported_media_type(message: str) -> HttpError:
     return HttpError(
         ErrorBody(status=415, type="invalid_request_error", code="unsupported_media_type", message=message)

@@ -8,19 +8,24 @@ import fcntl
 import logging
 import os
 import resource
+import secrets
 import socket
 import ssl
 import stat
 import termios
 from array import array
 
+import h11
 from hypercorn.asyncio.tcp_server import TCPServer
 from hypercorn.asyncio.worker_context import WorkerContext
 from hypercorn.config import Config
 from hypercorn.events import Closed, Event
+from hypercorn.protocol.h11 import H11Protocol
+from hypercorn.protocol.ws_stream import Handshake
 from hypercorn.utils import wrap_app
 from quart import Quart
 
+from jaxserve.api.errors import HttpError, headers_too_large, invalid_handshake, malformed_request
 from jaxserve.config import ServerConfig
 from jaxserve.errors import ConfigError
 
@@ -197,6 +202,8 @@ class _Connection(TCPServer):  # type: ignore[misc]
         self._lingering: asyncio.TimerHandle | None = None
 
     async def _read_data(self) -> None:
+        if isinstance(self.protocol.protocol, H11Protocol):
+            self.protocol.protocol = _Http1.instead_of(self.protocol.protocol)
         await super()._read_data()
         await self.idle_task.stop()  # else the connection would stay open for the rest of KEEP_ALIVE_S
 
@@ -223,6 +230,46 @@ class _Connection(TCPServer):  # type: ignore[misc]
             self._lingering.cancel()
         with _StallWatch(self.writer.transport, self._stall_timeout_s):
             await super()._close()
+
+
+class _Http1(H11Protocol):  # type: ignore[misc]
+    """Hypercorn's HTTP/1.1, whose own refusals have the envelope of all others and end the connection."""
+
+    @classmethod
+    def instead_of(cls, other: H11Protocol) -> _Http1:
+        """For the same connection, on which nothing has been read yet."""
+        place = (other.app, other.config, other.context, other.task_group, other.connection_state)
+        return cls(*place, other.ssl, other.client, other.server, other.send)
+
+    async def _create_stream(self, request: h11.Request) -> None:
+        headers = {name: value.lower() for name, value in request.headers}
+        wants_websocket = (
+            b"upgrade" in headers.get(b"connection", b"") and headers.get(b"upgrade") == b"websocket"
+        )
+        if wants_websocket and not Handshake(list(request.headers), request.http_version.decode()).is_valid():
+            await self._refuse(invalid_handshake())
+            await self.send(Closed())  # Hypercorn would keep it open for ever
+        else:
+            await super()._create_stream(request)
+
+    async def _send_error_response(self, status_code: int) -> None:
+        is_large = status_code == 431
+        await self._refuse(
+            headers_too_large(MAX_HEADER_BYTES) if is_large else malformed_request(status_code)
+        )
+
+    async def _refuse(self, error: HttpError) -> None:
+        content = error.body.to_json()
+        headers = [
+            (b"content-type", b"application/json"),
+            (b"content-length", b"%d" % len(content)),
+            (b"connection", b"close"),
+            (b"x-request-id", secrets.token_hex(16).encode()),
+            *self.config.response_headers("h11"),
+        ]
+        await self._send_h11_event(h11.Response(status_code=error.body.status, headers=headers))
+        await self._send_h11_event(h11.Data(data=content))
+        await self._send_h11_event(h11.EndOfMessage())
 
 
 class _StallWatch:

@@ -214,6 +214,36 @@ async def test_a_websocket_is_refused_in_the_envelope(tokenizer: Tokenizer, engi
         assert "x-request-id" in answer.lower()
 
 
+@pytest.mark.parametrize(
+    ("request_text", "status"),
+    [
+        ("GET /health HTTP/1.1\r\n\r\n", 400),  # no Host
+        ("GET /health HTTP/1.1\r\nHost: a\r\nHost: b\r\n\r\n", 400),
+        ("no request at all\r\n\r\n", 400),
+        ("POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: -1\r\n\r\n", 400),
+        ("POST /v1/completions HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: gzip\r\n\r\n", 501),
+        (f"GET /health HTTP/1.1\r\nHost: x\r\nX-Large: {'a' * 200_000}", 431),
+        ("GET /v1/models HTTP/1.1\r\nHost: x\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\r\n", 400),
+    ],
+)
+async def test_what_is_no_http_is_refused_in_the_envelope_and_the_connection_ends(
+    tokenizer: Tokenizer, engine: FakeEngineClient, request_text: str, status: int
+) -> None:
+    async with serving(make_context(tokenizer, engine, port=0)) as server:
+        reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
+        writer.write(request_text.encode())
+        async with asyncio.timeout(2):
+            response = await read_response(reader)
+            assert await reader.read() == b""
+        writer.close()
+    assert response.status == status
+    assert response.headers["content-type"] == "application/json"
+    assert response.headers["x-request-id"]
+    error = json.loads(response.body)["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    assert error["type"] == "invalid_request_error"
+
+
 @pytest.mark.parametrize("path", ["/health", "/api/health"])
 async def test_a_proxy_may_cut_the_root_path_off_or_not(
     tokenizer: Tokenizer, engine: FakeEngineClient, path: str
