@@ -20,11 +20,11 @@ CPU_DEFAULT_POOL_BYTES = 1 << 30  # a CPU shares its memory with everything else
 
 @dataclass(frozen=True, kw_only=True)
 class KVCacheSpec:
-    """The pools of all layers but for the number of blocks.
+    """The KV pool but for its number of blocks.
 
     Attributes:
         dtype: of K and V.
-        backend, platform: which attention lays them out (kernels/paged_attention.py).
+        backend, platform: which attention lays it out (kernels/paged_attention.py).
     """
 
     num_layers: int
@@ -54,15 +54,21 @@ class KVCacheSpec:
         """Of all layers together."""
         return sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(self.abstract(1)))
 
-    def abstract(self, num_blocks: int) -> list[jax.Array | QuantizedPool]:
-        """jax.ShapeDtypeStruct of one pool per layer."""
+    def abstract(self, num_blocks: int) -> jax.Array | QuantizedPool:
+        """jax.ShapeDtypeStruct of what `allocate` makes."""
         shape = PoolShape(num_blocks, self.num_kv_heads, self.block_size, self.head_dim, self.dtype)
-        return [pool_struct(self.backend, shape, self.platform)] * self.num_layers
+        layer = pool_struct(self.backend, shape, self.platform)
+        pool: jax.Array | QuantizedPool = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct((self.num_layers, *x.shape), x.dtype), layer
+        )
+        return pool
 
-    def allocate(self, num_blocks: int) -> list[jax.Array | QuantizedPool]:
-        """One zeroed pool per layer."""
-        pools = self.abstract(num_blocks)
-        return [jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), pool) for pool in pools]
+    def allocate(self, num_blocks: int) -> jax.Array | QuantizedPool:
+        """The zeroed pool of all layers: [L, N, …] with the rest as the backend lays it out."""
+        pool: jax.Array | QuantizedPool = jax.tree.map(
+            lambda x: jnp.zeros(x.shape, x.dtype), self.abstract(num_blocks)
+        )
+        return pool
 
 
 def num_blocks_for(spec: KVCacheSpec, *, pool_bytes: int, max_useful_tokens: int) -> int:

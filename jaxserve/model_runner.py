@@ -135,6 +135,8 @@ class ModelRunner:
             max_num_seqs=_round_up(self._max_num_seqs, ROW_MULTIPLE),
             blocks_per_row=_ceil_div(self.max_model_len, self.block_size),
         )
+        # an accelerator would stop at every branch that depends on data
+        self._unroll_layers = self.device.platform != "cpu"
         self._definition = ModelDefinition.of(
             lambda: Llama(self.model_config, dtype=self.dtype, max_model_len=self.max_model_len)
         )
@@ -197,7 +199,12 @@ class ModelRunner:
         chunks = []
         shape = self.shapes[-1]
         if self._all_logits is None:
-            logits = make_all_logits(self._definition, shape, attention_backend=self.attention_backend)
+            logits = make_all_logits(
+                self._definition,
+                shape,
+                attention_backend=self.attention_backend,
+                unroll_layers=self._unroll_layers,
+            )
             self._all_logits = jax.jit(logits, donate_argnums=1)
         while sequence.num_uncomputed_tokens:
             num_tokens = min(sequence.num_uncomputed_tokens, shape.num_tokens)
@@ -287,6 +294,7 @@ class ModelRunner:
             max_logprobs=self.config.max_logprobs,
             processed_logprobs=self.config.logprobs_mode == "processed",
             attention_backend=self.attention_backend,
+            unroll_layers=self._unroll_layers,
         )
         leaves = [jax.ShapeDtypeStruct(s, self.dtype) for s in self._definition.shapes]
         tokens = jax.ShapeDtypeStruct((num_blocks, self.block_size), jnp.int32)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -53,11 +53,11 @@ class Pools(NamedTuple):
     """What a step updates in place; donated.
 
     Attributes:
-        kv: one pool per layer.
+        kv: [L, N, …]; the rest is the attention backend's.
         tokens: [N, B] int32; the token id of every slot.
     """
 
-    kv: list[jax.Array | QuantizedPool]
+    kv: jax.Array | QuantizedPool
     tokens: jax.Array
 
 
@@ -79,7 +79,6 @@ class StepOutputs(NamedTuple):
 Step = Callable[[list[jax.Array], Pools, SlotTables, jax.Array], tuple[StepOutputs, Pools]]
 """(parameter leaves, pools to donate, slot tables, packed inputs int32 [shape.size]) → (outputs, pools)."""
 
-Tree = TypeVar("Tree")
 PROMPT_GROUP = 64  # tokens of a prompt whose logits exist at a time
 
 
@@ -90,6 +89,7 @@ def make_step(
     max_logprobs: int,
     processed_logprobs: bool,
     attention_backend: str = "auto",
+    unroll_layers: bool = False,
 ) -> Step:
     """The function to compile for one shape; `attention_backend` as in `kernels.paged_attention`."""
     attend = partial(paged_attention, backend=attention_backend, decode_only=shape.decode_only)
@@ -99,7 +99,7 @@ def make_step(
     ) -> tuple[StepOutputs, Pools]:
         inputs = shape.unpack(packed)
         model = definition.build(leaves)
-        hidden, pools = _forward(model, inputs, pools, attend)
+        hidden, pools = _forward(model, inputs, pools, attend, unroll_layers=unroll_layers)
         logits = model.logits(hidden[inputs["logits_index"]])
         out = sample(
             logits,
@@ -176,24 +176,28 @@ def _prompt_logprobs(
 
 
 def make_all_logits(
-    definition: ModelDefinition, shape: StepShape, *, attention_backend: str = "auto"
+    definition: ModelDefinition,
+    shape: StepShape,
+    *,
+    attention_backend: str = "auto",
+    unroll_layers: bool = False,
 ) -> Callable[[list[jax.Array], Pools, jax.Array], tuple[jax.Array, Pools]]:
     """Like a step, but its outputs are the logits of all tokens, float32 [T, V]: for tests and comparisons."""
     attend = partial(paged_attention, backend=attention_backend)
 
     def all_logits(leaves: list[jax.Array], pools: Pools, packed: jax.Array) -> tuple[jax.Array, Pools]:
         model = definition.build(leaves)
-        hidden, pools = _forward(model, shape.unpack(packed), pools, attend)
+        hidden, pools = _forward(model, shape.unpack(packed), pools, attend, unroll_layers=unroll_layers)
         return model.logits(hidden), pools
 
     return all_logits
 
 
 def _forward(
-    model: Llama, inputs: dict[str, jax.Array], pools: Pools, attend: Attend
+    model: Llama, inputs: dict[str, jax.Array], pools: Pools, attend: Attend, *, unroll_layers: bool
 ) -> tuple[jax.Array, Pools]:
     num_single_tokens, num_tiles, num_copies = inputs["counts"][:3]
-    pools = Pools(*copy_blocks((pools.kv, pools.tokens), inputs["block_copies"], num_copies))
+    pools = copy_blocks(pools, inputs["block_copies"], num_copies)
     metadata = AttentionMetadata(
         block_tables=inputs["block_tables"],
         seq_lens=inputs["seq_lens"],
@@ -206,22 +210,30 @@ def _forward(
         num_tiles=num_tiles,
     )
     tokens = write_tokens(pools.tokens, inputs["token_ids"], inputs["slot_mapping"])
-    hidden, kv_pools = model(inputs["token_ids"], inputs["positions"], pools.kv, metadata, attend)
-    return hidden, Pools(kv_pools, tokens)
+    hidden, kv_pool = model(
+        inputs["token_ids"],
+        inputs["positions"],
+        pools.kv,
+        metadata,
+        attend,
+        block_size=tokens.shape[1],
+        unroll=unroll_layers,
+    )
+    return hidden, Pools(kv_pool, tokens)
 
 
-def copy_blocks(pools: Tree, copies: jax.Array, num_copies: jax.Array) -> Tree:
+def copy_blocks(pools: Pools, copies: jax.Array, num_copies: jax.Array) -> Pools:
     """Copy-on-write: for each of the first `num_copies` rows (source, target) of `copies`, in order, copy the
     block in every pool."""
 
-    def copy_one(i: jax.Array, pools: Tree) -> Tree:
+    def copy_one(i: jax.Array, pools: Pools) -> Pools:
         source, target = copies[i, 0], copies[i, 1]
 
-        def copy(pool: jax.Array) -> jax.Array:
-            block = lax.dynamic_slice_in_dim(pool, source, 1)
-            return lax.dynamic_update_slice_in_dim(pool, block, target, axis=0)
+        def copy(pool: jax.Array, axis: int) -> jax.Array:
+            block = lax.dynamic_slice_in_dim(pool, source, 1, axis)
+            return lax.dynamic_update_slice_in_dim(pool, block, target, axis)
 
-        return jax.tree.map(copy, pools)
+        return Pools(jax.tree.map(lambda pool: copy(pool, 1), pools.kv), copy(pools.tokens, 0))
 
     return lax.fori_loop(0, num_copies, copy_one, pools)
 

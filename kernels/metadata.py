@@ -38,3 +38,10 @@ class AttentionMetadata(NamedTuple):
     num_single_tokens: jax.Array
     tiles: jax.Array
     num_tiles: jax.Array
+
+    def shifted(self, num_blocks: int | jax.Array, block_size: int) -> AttentionMetadata:
+        """The same batch with its blocks that many further on: another layer's, where layers share an array."""
+        return self._replace(
+            block_tables=self.block_tables + num_blocks,
+            slot_mapping=self.slot_mapping + num_blocks * block_size,
+        )

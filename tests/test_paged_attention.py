@@ -25,7 +25,7 @@ from jaxserve.kernels.reference import QuantizedPool
 from jaxserve.sampling_params import SamplingParams
 from jaxserve.scheduler import ScheduledRow, StepPlan
 from jaxserve.sequence import Sequence
-from jaxserve.step import copy_blocks
+from jaxserve.step import Pools, copy_blocks
 from jaxserve.step_inputs import StepShape, pack_step
 
 BLOCK_SIZE = 16
@@ -271,8 +271,9 @@ def test_a_soft_cap_bounds_the_scores() -> None:
 
 
 def test_blocks_are_copied_in_order_and_only_as_many_as_asked() -> None:
-    pools = [jnp.arange(6.0).reshape(6, 1) + 10 * layer for layer in range(2)]
+    tokens = jnp.arange(6).reshape(6, 1)
+    pools = Pools(kv=jnp.stack([tokens + 10.0 * layer for layer in range(2)]), tokens=tokens)
     copies = np.array([BlockCopy(1, 2), BlockCopy(2, 3), BlockCopy(4, 5)], np.int32)
-    first, second = copy_blocks(pools, jnp.asarray(copies), jnp.int32(2))
-    assert first[:, 0].tolist() == [0, 1, 1, 1, 4, 5]
-    assert second[:, 0].tolist() == [10, 11, 11, 11, 14, 15]
+    copied = copy_blocks(pools, jnp.asarray(copies), jnp.int32(2))
+    assert copied.kv[:, :, 0].tolist() == [[0, 1, 1, 1, 4, 5], [10, 11, 11, 11, 14, 15]]
+    assert copied.tokens[:, 0].tolist() == [0, 1, 1, 1, 4, 5]

@@ -52,16 +52,20 @@ class Embedding(nnx.Module):
 
 
 class RMSNorm(nnx.Module):
-    """Root-mean-square normalization (Zhang & Sennrich 2019): float32 [T, E] → the weight's dtype."""
+    """`rms_norm` with parameters."""
 
     def __init__(self, features: int, *, eps: float, dtype: jnp.dtype) -> None:
         self.weight = nnx.Param(jnp.zeros((features,), dtype))
         self.eps = eps
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        weight = self.weight[...]
-        y = x * lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + self.eps)
-        return (weight.astype(jnp.float32) * y).astype(weight.dtype)
+        return rms_norm(x, self.weight[...], self.eps)
+
+
+def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
+    """Root-mean-square normalization (Zhang & Sennrich 2019): float32 [T, E] → the weight's dtype."""
+    y = x * lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + eps)
+    return (weight.astype(jnp.float32) * y).astype(weight.dtype)
 
 
 def rotary_embedding(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
