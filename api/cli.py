@@ -110,6 +110,7 @@ def make_parser() -> argparse.ArgumentParser:
         help="share of the device's memory to use",
     )
     engine.add_argument("--kv-cache-memory-bytes", type=_int)
+    engine.add_argument("--tensor-parallel-size", "-tp", type=_int, help="devices that share the model")
     engine.add_argument("--enable-prefix-caching", action=argparse.BooleanOptionalAction)
     engine.add_argument("--enable-chunked-prefill", action=argparse.BooleanOptionalAction)
     later = parser.add_argument_group("of later versions: refused unless neutral")
@@ -121,7 +122,6 @@ def make_parser() -> argparse.ArgumentParser:
 NOT_YET = {
     "--quantization": ("none",),
     "--kv-cache-dtype": ("auto",),
-    "--tensor-parallel-size": ("1",),
 }
 LISTS = ("allowed_origins", "allowed_methods", "allowed_headers")
 RENAMED = {

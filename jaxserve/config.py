@@ -36,7 +36,7 @@ class EngineConfig:
         max_num_batched_tokens: tokens that one step computes at most.
         block_size: tokens of one KV block; a power of two.
         memory_utilization: share of the device's memory to use, (0, 1].
-        kv_cache_memory_bytes: size of the KV pool; overrides memory_utilization.
+        kv_cache_memory_bytes: size of the KV pool, on each device; overrides memory_utilization.
         enable_prefix_caching: reuse the KV blocks of equal prompt prefixes.
         enable_chunked_prefill: compute a long prompt in several steps.
         seed: seeds requests that bring no seed.
@@ -44,6 +44,7 @@ class EngineConfig:
         logprobs_mode: of the logits as they are, or of the distribution that was sampled from.
         compilation_cache: keep compiled programs on disk.
         attention_backend: which implementation of attention runs (docs/kernels.md).
+        tensor_parallel_size: devices that share the model.
     """
 
     model: str
@@ -63,6 +64,7 @@ class EngineConfig:
     logprobs_mode: LogprobsMode = "raw"
     compilation_cache: bool = True
     attention_backend: AttentionBackend = "auto"
+    tensor_parallel_size: int = 1
 
     def __post_init__(self) -> None:
         _require(bool(self.model), "--model", self.model, "a directory, a .gguf file or a hub id")
@@ -75,6 +77,7 @@ class EngineConfig:
             ("--max-num-seqs", self.max_num_seqs),
             ("--max-num-batched-tokens", self.max_num_batched_tokens),
             ("--kv-cache-memory-bytes", self.kv_cache_memory_bytes),
+            ("--tensor-parallel-size", self.tensor_parallel_size),
         ):
             _require(value is None or value >= 1, flag, value, "an integer of at least 1")
         power_of_two = self.block_size is None or (self.block_size >= 1 and self.block_size.bit_count() == 1)

@@ -155,7 +155,7 @@ class Engine:
             block_size=self.limits.block_size,
             num_blocks=self.limits.num_blocks,
             kv_cache_dtype=str(runner.dtype),
-            platform=runner.device.platform,
+            platform=runner.platform,
             summary=[runner.describe_kv_cache()],
         )
 

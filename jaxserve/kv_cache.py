@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -63,13 +64,6 @@ class KVCacheSpec:
         )
         return pool
 
-    def allocate(self, num_blocks: int) -> jax.Array | QuantizedPool:
-        """The zeroed pool of all layers: [L, N, …] with the rest as the backend lays it out."""
-        pool: jax.Array | QuantizedPool = jax.tree.map(
-            lambda x: jnp.zeros(x.shape, x.dtype), self.abstract(num_blocks)
-        )
-        return pool
-
 
 def num_blocks_for(spec: KVCacheSpec, *, pool_bytes: int, max_useful_tokens: int) -> int:
     """Blocks in a pool of `pool_bytes`, the null block included; not more than all sequences at their longest
@@ -89,18 +83,21 @@ def num_blocks_for(spec: KVCacheSpec, *, pool_bytes: int, max_useful_tokens: int
     return num_blocks
 
 
-def free_device_bytes(device: jax.Device, memory_utilization: float) -> int:
-    """What jaxserve may take of the device's memory, as things are now.
+def free_device_bytes(devices: Sequence[jax.Device], memory_utilization: float) -> int:
+    """What jaxserve may take of each device's memory, as things are now. CPU devices share the host's.
 
     Raises:
         ConfigError: the device does not tell.
     """
-    if device.platform == "cpu":
-        return int(memory_utilization * _available_host_bytes())
-    stats = device.memory_stats()
-    if not stats or "bytes_limit" not in stats:
-        raise ConfigError(f"{device.device_kind} does not tell its memory: give --kv-cache-memory-bytes.")
-    return int(memory_utilization * stats["bytes_limit"]) - int(stats["bytes_in_use"])
+    if devices[0].platform == "cpu":
+        return int(memory_utilization * _available_host_bytes()) // len(devices)
+    free = []
+    for device in devices:
+        stats = device.memory_stats()
+        if not stats or "bytes_limit" not in stats:
+            raise ConfigError(f"{device.device_kind} does not tell its memory: give --kv-cache-memory-bytes.")
+        free.append(int(memory_utilization * stats["bytes_limit"]) - int(stats["bytes_in_use"]))
+    return min(free)
 
 
 def _available_host_bytes() -> int:

@@ -13,6 +13,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jaxserve.sharding import VocabShard
+
 TOKEN_CHUNK = 512  # tokens of a row counted at a time
 BIAS_CHUNK = 64  # bias entries added at a time
 MAX_LOGIT = 1e30  # a tiny penalty must not make infinities that cancel to NaN
@@ -65,7 +67,7 @@ class ProcessorInputs(NamedTuple):
 
 
 def process_logits(
-    out: jax.Array, logits: jax.Array, temperature: jax.Array, inputs: ProcessorInputs
+    out: jax.Array, logits: jax.Array, temperature: jax.Array, inputs: ProcessorInputs, vocab: VocabShard
 ) -> jax.Array:
     """Replace the changed rows of `out` by their processed logits, divided by their temperature.
 
@@ -74,22 +76,21 @@ def process_logits(
         logits: [S, V] float32.
         temperature: [S] float32, positive.
     """
-    V = logits.shape[-1]
 
     def change(i: jax.Array, out: jax.Array) -> jax.Array:
         r = inputs.rows[i]
         row = logits[r]
-        row = jnp.where(inputs.normalize[r], row - jax.nn.logsumexp(row), row)
-        row = _add_biases(row, inputs, r)
-        row = jnp.where(_expand(inputs.tables.masks[inputs.slot[r]], V), row, -jnp.inf)
-        row = _penalize(row, inputs, r)
+        row = jnp.where(inputs.normalize[r], row - vocab.logsumexp(row)[0], row)
+        row = _add_biases(row, inputs, r, vocab)
+        row = jnp.where(_expand(inputs.tables.masks[inputs.slot[r]], vocab), row, -jnp.inf)
+        row = _penalize(row, inputs, r, vocab)
         return lax.dynamic_update_slice_in_dim(out, (row / temperature[r])[None], r, axis=0)
 
     changed: jax.Array = lax.fori_loop(0, inputs.num_rows, change, out)
     return changed
 
 
-def _add_biases(row: jax.Array, inputs: ProcessorInputs, r: jax.Array) -> jax.Array:
+def _add_biases(row: jax.Array, inputs: ProcessorInputs, r: jax.Array, vocab: VocabShard) -> jax.Array:
     ids, values = (table[inputs.slot[r]] for table in (inputs.tables.bias_ids, inputs.tables.bias_values))
     count = inputs.num_biases[r]
 
@@ -98,22 +99,31 @@ def _add_biases(row: jax.Array, inputs: ProcessorInputs, r: jax.Array) -> jax.Ar
         chunk_ids = lax.dynamic_slice_in_dim(ids, start, BIAS_CHUNK)
         chunk_values = lax.dynamic_slice_in_dim(values, start, BIAS_CHUNK)
         counts = start + jnp.arange(BIAS_CHUNK, dtype=jnp.int32) < count
-        return row.at[jnp.where(counts, chunk_ids, row.shape[0])].add(chunk_values, mode="drop")
+        index = vocab.local(chunk_ids, elsewhere=row.shape[0])
+        return row.at[jnp.where(counts, index, row.shape[0])].add(chunk_values, mode="drop")
 
     biased: jax.Array = lax.fori_loop(0, (count + BIAS_CHUNK - 1) // BIAS_CHUNK, add, row)
     return biased
 
 
-def _expand(words: jax.Array, num_tokens: int) -> jax.Array:
+def _expand(words: jax.Array, vocab: VocabShard) -> jax.Array:
     """Packed bits [ceil(V / 32)] → bool [V]."""
+    num_tokens = vocab.num_local
+    if vocab.group.size > 1:
+        num_words = num_tokens // BITS + 2  # a share may begin and end within a word
+        padded = jnp.pad(words, (0, num_words + vocab.group.size * num_tokens // BITS - len(words)))
+        words = lax.dynamic_slice_in_dim(padded, vocab.first // BITS, num_words)
     bits = (words[:, None] >> jnp.arange(BITS, dtype=jnp.uint32)) & jnp.uint32(1)
-    expanded: jax.Array = bits.reshape(-1)[:num_tokens].astype(bool)
+    flat = bits.reshape(-1)
+    if vocab.group.size > 1:
+        flat = lax.dynamic_slice_in_dim(flat, vocab.first % BITS, num_tokens)
+    expanded: jax.Array = flat[:num_tokens].astype(bool)
     return expanded
 
 
-def _penalize(row: jax.Array, inputs: ProcessorInputs, r: jax.Array) -> jax.Array:
+def _penalize(row: jax.Array, inputs: ProcessorInputs, r: jax.Array, vocab: VocabShard) -> jax.Array:
     """Repetition (Keskar et al. 2019, over prompt and output), then frequency and presence (over the output)."""
-    in_prompt, in_output = _count_tokens(inputs, r, row.shape[0])
+    in_prompt, in_output = _count_tokens(inputs, r, vocab)
     factor = jnp.where(in_prompt + in_output > 0, inputs.repetition[r], 1.0)
     row = jnp.where(row > 0, row / factor, row * factor)
     # −inf · factor stays −inf; everything else stays finite
@@ -122,8 +132,9 @@ def _penalize(row: jax.Array, inputs: ProcessorInputs, r: jax.Array) -> jax.Arra
     return row - inputs.frequency[r] * in_output.astype(row.dtype) - inputs.presence[r] * said
 
 
-def _count_tokens(inputs: ProcessorInputs, r: jax.Array, num_tokens: int) -> tuple[jax.Array, jax.Array]:
+def _count_tokens(inputs: ProcessorInputs, r: jax.Array, vocab: VocabShard) -> tuple[jax.Array, jax.Array]:
     """How often each token is in the row's prompt and in its output, int32 [V] each."""
+    num_tokens = vocab.num_local
     B, M = inputs.token_pool.shape[1], inputs.block_tables.shape[1]
     blocks_per_chunk = max(1, min(TOKEN_CHUNK // B, M))
     chunk = blocks_per_chunk * B
@@ -134,7 +145,8 @@ def _count_tokens(inputs: ProcessorInputs, r: jax.Array, num_tokens: int) -> tup
         blocks = lax.dynamic_slice_in_dim(table, c * blocks_per_chunk, blocks_per_chunk)
         token_ids = inputs.token_pool[blocks].reshape(-1)
         positions = c * chunk + jnp.arange(chunk, dtype=jnp.int32)
-        index = jnp.where(positions < prompt_len, token_ids, token_ids + num_tokens)
+        index = vocab.local(token_ids, elsewhere=2 * num_tokens)
+        index = jnp.where(positions < prompt_len, index, index + num_tokens)
         index = jnp.where(positions < num_counted, index, 2 * num_tokens)
         return counts.at[index].add(1, mode="drop")
 

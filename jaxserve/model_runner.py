@@ -27,6 +27,7 @@ from jaxserve.models.loader import Checkpoint, load_params, open_checkpoint, res
 from jaxserve.sampling_params import SamplingParams
 from jaxserve.scheduler import ScheduledRow, StepPlan
 from jaxserve.sequence import Sequence
+from jaxserve.sharding import EVERYWHERE, SHARDED, DeviceGroup, VocabShard, shard_config
 from jaxserve.slot_tables import SlotTableManager
 from jaxserve.step import ModelDefinition, Pools, StepOutputs, make_all_logits, make_step
 from jaxserve.step_inputs import StepShape, pack_step
@@ -114,16 +115,19 @@ class ModelRunner:
 
     def __init__(self, config: EngineConfig, report: Report = lambda _: None) -> None:
         self.config = config
-        self.device = jax.devices()[0]
         self.compilations = CompilationCounter()
         if config.compilation_cache:
             enable_compilation_cache()
         path = resolve_model(config.model)
         checkpoint = open_checkpoint(path, config.load_format)
         self.model_config = checkpoint.config
-        self.dtype = _resolve_dtype(config, self.model_config, self.device)
+        self._shard = shard_config(self.model_config, config.tensor_parallel_size)
+        self.devices = DeviceGroup(config.tensor_parallel_size)
+        self.platform = self.devices.platform
+        self._vocab = VocabShard(self.model_config.vocab_size, self.devices.group)
+        self.dtype = _resolve_dtype(config, self.model_config, self.platform)
         self.max_model_len = _resolve_max_model_len(config, self.model_config)
-        defaults = PLATFORM_DEFAULTS.get(self.device.platform, ACCELERATOR_DEFAULTS)
+        defaults = PLATFORM_DEFAULTS.get(self.platform, ACCELERATOR_DEFAULTS)
         self._max_num_seqs = config.max_num_seqs or defaults.max_num_seqs
         chunk = defaults.max_num_batched_tokens if config.enable_chunked_prefill else self.max_model_len
         max_num_batched_tokens = config.max_num_batched_tokens or chunk
@@ -136,22 +140,29 @@ class ModelRunner:
             blocks_per_row=_ceil_div(self.max_model_len, self.block_size),
         )
         # an accelerator would stop at every branch that depends on data
-        self._unroll_layers = self.device.platform != "cpu"
+        self._unroll_layers = self.platform != "cpu"
         self._definition = ModelDefinition.of(
-            lambda: Llama(self.model_config, dtype=self.dtype, max_model_len=self.max_model_len)
+            lambda: Llama(
+                self.model_config,
+                dtype=self.dtype,
+                max_model_len=self.max_model_len,
+                group=self.devices.group,
+            )
         )
         self._spec = KVCacheSpec.of(
-            self.model_config, self.block_size, self.dtype, self.device.platform, self.attention_backend
+            self._shard, self.block_size, self.dtype, self.platform, self.attention_backend
         )
         self._free_bytes = (
             None
             if config.kv_cache_memory_bytes
-            else free_device_bytes(self.device, config.memory_utilization)
+            else free_device_bytes(self.devices.devices, config.memory_utilization)
         )
         self._max_num_batched_tokens = max_num_batched_tokens
         guess = self._num_blocks(program_bytes=PROGRAM_BYTES_GUESS)
         self.limits = self._limits(guess)  # what cannot work is said before anything is loaded
-        self._slots = SlotTableManager(self._max_num_seqs, self.model_config.vocab_size, self.device)
+        self._slots = SlotTableManager(
+            self._max_num_seqs, self.model_config.vocab_size, self.devices.put_everywhere
+        )
         self._programs: dict[StepShape, jax.stages.Compiled] = {}
         self._all_logits: jax.stages.Wrapped | None = None
         with ThreadPoolExecutor(COMPILE_THREADS + 1, thread_name_prefix="startup") as pool:
@@ -159,9 +170,7 @@ class ModelRunner:
             loading = pool.submit(self._load, checkpoint, report)
             programs, num_blocks = self._compile_all(pool, guess)
             self.limits = self._limits(num_blocks)
-            self._pools = Pools(
-                self._spec.allocate(num_blocks), jnp.zeros((num_blocks, self.block_size), jnp.int32)
-            )
+            self._pools = self.devices.zeros(self._abstract_pools(num_blocks))
             self._leaves = loading.result()
             for shape, program in programs.items():
                 self._programs[shape] = program.result()
@@ -183,7 +192,8 @@ class ModelRunner:
     def describe_kv_cache(self) -> str:
         """One line for the log."""
         usable = self.limits.num_blocks - 1
-        tokens, size = usable * self.block_size, usable * self._spec.bytes_per_block
+        tokens = usable * self.block_size
+        size = usable * self._spec.bytes_per_block * self.devices.group.size
         fit = tokens // self.max_model_len
         return (
             f"KV cache: {usable:,} blocks of {self.block_size} = {tokens:,} tokens, {size / 2**30:.1f} GiB; "
@@ -199,17 +209,24 @@ class ModelRunner:
         chunks = []
         shape = self.shapes[-1]
         if self._all_logits is None:
-            logits = make_all_logits(
-                self._definition,
-                shape,
-                attention_backend=self.attention_backend,
-                unroll_layers=self._unroll_layers,
+            all_logits = self.devices.spread(
+                make_all_logits(
+                    self._definition,
+                    shape,
+                    self._vocab,
+                    attention_backend=self.attention_backend,
+                    unroll_layers=self._unroll_layers,
+                ),
+                in_specs=(SHARDED, SHARDED, EVERYWHERE),
+                out_specs=(EVERYWHERE, SHARDED),
             )
-            self._all_logits = jax.jit(logits, donate_argnums=1)
+            self._all_logits = jax.jit(all_logits, donate_argnums=1)
         while sequence.num_uncomputed_tokens:
             num_tokens = min(sequence.num_uncomputed_tokens, shape.num_tokens)
             packed = pack_step(StepPlan([ScheduledRow(sequence, num_tokens, [])]), shape, self.block_size)
-            logits, self._pools = self._all_logits(self._leaves, self._pools, jnp.asarray(packed))
+            logits, self._pools = self._all_logits(
+                self._leaves, self._pools, self.devices.put_everywhere(packed)
+            )
             chunks.append(np.asarray(logits[:num_tokens]))
             sequence.num_computed_tokens += num_tokens
         return np.concatenate(chunks)
@@ -218,7 +235,7 @@ class ModelRunner:
 
     def _default_block_size(self, defaults: PlatformDefaults) -> int:
         """The platform's, or the next larger one with which block tables stay small enough for the kernel."""
-        if self.device.platform != "tpu":
+        if self.platform != "tpu":
             return defaults.block_size
         from jaxserve.kernels import pallas_tpu  # where it runs: importing Pallas takes a while
 
@@ -228,7 +245,7 @@ class ModelRunner:
             raise ConfigError(str(error)) from None
 
     def _choose_attention(self, num_tokens: int) -> str:
-        model = self.model_config
+        model = self._shard
         shape = ServingShape(
             num_tokens=_round_up(num_tokens, TOKEN_GROUP),
             num_seqs=_round_up(self._max_num_seqs, ROW_MULTIPLE),
@@ -239,20 +256,25 @@ class ModelRunner:
             sliding_window=model.sliding_window,
         )
         try:
-            return backend_for(shape, self.config.attention_backend, self.device.platform)
+            return backend_for(shape, self.config.attention_backend, self.platform)
         except ValueError as error:
             raise ConfigError(str(error)) from None
 
     def _load(self, checkpoint: Checkpoint, report: Report) -> list[jax.Array]:
         started = time.monotonic()
-        params = load_params(
+        devices = self.devices
+        shards = load_params(
             checkpoint,
-            checkpoint_slots(self.model_config),
+            [
+                checkpoint_slots(self.model_config, num_shards=devices.group.size, shard=shard)
+                for shard in devices.local_shards
+            ],
             dict(zip(self._definition.names, self._definition.shapes, strict=True)),
             np.dtype(self.dtype),
-            lambda _, array: jax.device_put(array, self.device),
+            lambda shard, _, array: jax.device_put(array, devices.devices[shard]),
         )
-        leaves = jax.block_until_ready([params[name] for name in self._definition.names])
+        leaves = [devices.put_shards([shard[name] for shard in shards]) for name in self._definition.names]
+        jax.block_until_ready(leaves)
         report(
             f"loaded {sum(x.nbytes for x in leaves) / 2**20:,.0f} MiB of weights in {_seconds_since(started)}"
         )
@@ -291,23 +313,34 @@ class ModelRunner:
         step = make_step(
             self._definition,
             shape,
+            self._vocab,
             max_logprobs=self.config.max_logprobs,
             processed_logprobs=self.config.logprobs_mode == "processed",
             attention_backend=self.attention_backend,
             unroll_layers=self._unroll_layers,
         )
-        leaves = [jax.ShapeDtypeStruct(s, self.dtype) for s in self._definition.shapes]
+        devices = self.devices
+        step = devices.spread(
+            step, in_specs=(SHARDED, SHARDED, EVERYWHERE, EVERYWHERE), out_specs=(EVERYWHERE, SHARDED)
+        )
+        leaves = devices.abstract_shards(
+            [jax.ShapeDtypeStruct(s, self.dtype) for s in self._definition.shapes]
+        )
+        pools = devices.abstract_shards(self._abstract_pools(num_blocks))
+        packed = devices.abstract_everywhere(jax.ShapeDtypeStruct((shape.size,), jnp.int32))
+        lowered = jax.jit(step, donate_argnums=1).lower(leaves, pools, self._slots.on_device(), packed)
+        return lowered.compile()
+
+    def _abstract_pools(self, num_blocks: int) -> Any:
+        """Of one chip."""
         tokens = jax.ShapeDtypeStruct((num_blocks, self.block_size), jnp.int32)
-        pools: Any = Pools(self._spec.abstract(num_blocks), tokens)  # type: ignore[arg-type]
-        packed = jax.ShapeDtypeStruct((shape.size,), jnp.int32)
-        with jax.default_device(self.device):
-            lowered = jax.jit(step, donate_argnums=1).lower(leaves, pools, self._slots.on_device(), packed)
-            return lowered.compile()
+        return Pools(self._spec.abstract(num_blocks), tokens)  # type: ignore[arg-type]
 
     def _execute(self, shape: StepShape, packed: npt.NDArray[np.int32]) -> StepOutputs:
         outputs: StepOutputs
         tables = self._slots.on_device()
-        outputs, self._pools = self._programs[shape](self._leaves, self._pools, tables, packed)
+        inputs = packed if self.devices.group.size == 1 else self.devices.put_everywhere(packed)
+        outputs, self._pools = self._programs[shape](self._leaves, self._pools, tables, inputs)
         return outputs
 
     def _num_blocks(self, *, program_bytes: int) -> int:
@@ -317,8 +350,8 @@ class ModelRunner:
         else:
             weight_bytes = sum(int(np.prod(s)) for s in self._definition.shapes) * self.dtype.itemsize
             pool_bytes = self._free_bytes - weight_bytes - program_bytes
-            if self.device.platform == "cpu":
-                pool_bytes = min(pool_bytes, CPU_DEFAULT_POOL_BYTES)
+            if self.platform == "cpu":
+                pool_bytes = min(pool_bytes, CPU_DEFAULT_POOL_BYTES // self.devices.group.size)
         return num_blocks_for(
             self._spec, pool_bytes=pool_bytes, max_useful_tokens=self._max_num_seqs * self.max_model_len
         )
@@ -370,11 +403,11 @@ def prompt_logits(config: EngineConfig, prompts: list[list[int]]) -> list[npt.ND
     return [runner.prompt_logits(prompt) for prompt in prompts]
 
 
-def _resolve_dtype(config: EngineConfig, model: ModelConfig, device: jax.Device) -> jnp.dtype:
+def _resolve_dtype(config: EngineConfig, model: ModelConfig, platform: str) -> jnp.dtype:
     """auto: the checkpoint's, but bfloat16 for float16 checkpoints on devices without fast float16."""
     if config.dtype != "auto":
         return jnp.dtype(config.dtype)
-    if model.dtype == "float16" and device.platform in ("cpu", "tpu"):
+    if model.dtype == "float16" and platform in ("cpu", "tpu"):
         return jnp.dtype("bfloat16")
     return jnp.dtype(model.dtype)
 

@@ -4,6 +4,9 @@ Nothing here sorts the vocabulary. Candidates come from one `top_k`; where they 
 top-k set, the row's threshold is found by bisection. A token is drawn by inverting the cumulative distribution
 with one uniform number per row, so that a draw is a function of (seed, choice, position) and the row's own
 logits alone. Work that no row asks for is skipped at run time.
+
+On several chips each has the logits of its share of the vocabulary (`VocabShard`); what a row needs of the others is
+a few numbers, or their best candidates. [S, V] below means a chip's share of it.
 """
 
 from __future__ import annotations
@@ -17,11 +20,11 @@ from jax.extend.random import threefry2x32_p
 
 from jaxserve.logits_processors import ProcessorInputs, process_logits
 from jaxserve.sampling_params import GREEDY_EPSILON
+from jaxserve.sharding import VOCAB_ROWS, VocabShard
 
 NUM_CANDIDATES = 1024  # covers almost every top-p set of a trained model
 NUM_BEAM_CANDIDATES = 256  # twice the widest beam search
 NO_TOKEN = -1  # sampled where no token is possible
-NUM_GROUPS = 128  # rows of the two-level cumulative sum
 GROUP_SIZE = 128  # neighbouring tokens of which `top_few` first looks at the largest alone
 BISECTION_STEPS = 32  # one per bit of a float32
 
@@ -63,7 +66,12 @@ class SampleOutputs(NamedTuple):
 
 
 def sample(
-    logits: jax.Array, inputs: SamplingInputs, *, max_logprobs: int, processed_logprobs: bool
+    logits: jax.Array,
+    inputs: SamplingInputs,
+    vocab: VocabShard,
+    *,
+    max_logprobs: int,
+    processed_logprobs: bool,
 ) -> SampleOutputs:
     """Draw one token per row.
 
@@ -72,18 +80,18 @@ def sample(
         max_logprobs: L, static.
         processed_logprobs: report the distribution that was sampled from instead of the raw one; static.
     """
-    S, V = logits.shape
+    S = logits.shape[0]
     random = inputs.temperature >= GREEDY_EPSILON
-    num_candidates = min(NUM_BEAM_CANDIDATES, V)
+    num_candidates = min(NUM_BEAM_CANDIDATES, vocab.size)
 
     def draw() -> tuple[jax.Array, jax.Array, BeamCandidates]:
-        scaled, keep, candidates = _processed(logits, inputs, random, num_candidates)
-        drawn = jnp.where(random, _draw(scaled, keep, _uniforms(inputs)), _argmax(scaled))
-        possible = jnp.max(scaled, axis=-1) > -jnp.inf
+        scaled, keep, candidates = _processed(logits, inputs, vocab, random, num_candidates)
+        drawn = jnp.where(random, _draw(scaled, keep, _uniforms(inputs), vocab), vocab.argmax(scaled))
+        possible = vocab.max(scaled)[:, 0] > -jnp.inf
         return jnp.where(possible, drawn, NO_TOKEN), _masked(scaled, keep), candidates
 
     def greedy() -> tuple[jax.Array, jax.Array, BeamCandidates]:
-        return _argmax(logits), logits, _no_candidates(S, num_candidates)
+        return vocab.argmax(logits), logits, _no_candidates(S, num_candidates)
 
     wanted = jnp.any(random) | (inputs.processors.num_rows > 0)
     if processed_logprobs:
@@ -93,7 +101,7 @@ def sample(
         reported = logits
 
     def logprobs() -> tuple[jax.Array, ...]:
-        return logprobs_of(reported, jnp.maximum(token_ids, 0), max_logprobs)
+        return logprobs_of(reported, jnp.maximum(token_ids, 0), vocab, max_logprobs)
 
     def no_logprobs() -> tuple[jax.Array, ...]:
         none = jnp.zeros((S, max_logprobs))
@@ -104,45 +112,35 @@ def sample(
     return SampleOutputs(token_ids, chosen, ranks, top_ids, top_logprobs, candidates)
 
 
-def _argmax(x: jax.Array) -> jax.Array:
-    """[S] int32, the lowest index on a tie. Two plain reductions: XLA:CPU does not vectorize the one that carries an
-    index along (four times as slow)."""
-    V = x.shape[-1]
-    at_peak = x == jnp.max(x, axis=-1, keepdims=True)
-    index = jnp.min(jnp.where(at_peak, jnp.arange(V, dtype=jnp.int32), V), axis=-1)
-    return jnp.minimum(index, V - 1)
-
-
 def _no_candidates(num_rows: int, count: int) -> BeamCandidates:
     none = jnp.full((num_rows, count), -jnp.inf)
     return BeamCandidates(jnp.zeros((num_rows, count), jnp.int32), none, none)
 
 
 def _processed(
-    logits: jax.Array, inputs: SamplingInputs, random: jax.Array, num_candidates: int
+    logits: jax.Array, inputs: SamplingInputs, vocab: VocabShard, random: jax.Array, num_candidates: int
 ) -> tuple[jax.Array, jax.Array, BeamCandidates]:
     """Scaled logits and the mask of tokens that may be drawn, [S, V] each: processors, temperature, top-k, top-p,
     min-p in this order. Greedy rows have temperature 1 and no filters."""
-    S, V = logits.shape
+    S, V = logits.shape[0], vocab.size
     temperature = jnp.where(random, inputs.temperature, 1.0)
-    scaled = process_logits(logits / temperature[:, None], logits, temperature, inputs.processors)
+    scaled = process_logits(logits / temperature[:, None], logits, temperature, inputs.processors, vocab)
     top_k = jnp.where(random & (inputs.top_k > 0) & (inputs.top_k < V), inputs.top_k, V)
     top_p = jnp.where(random, inputs.top_p, 1.0)
-    peak = jnp.max(scaled, axis=-1, keepdims=True)
+    peak = vocab.max(scaled)
     filtered = jnp.any((top_k < V) | (top_p < 1.0))
 
     def ranked() -> tuple[jax.Array, BeamCandidates]:
         # ties: lower id first. The barrier keeps XLA from merging it with slices of its results, of which it would make
         # a sort of the whole vocabulary (ten times as slow on CPU)
-        values, ids = lax.optimization_barrier(lax.top_k(scaled, min(NUM_CANDIDATES, V)))
+        values, ids = lax.optimization_barrier(vocab.top_k(scaled, min(NUM_CANDIDATES, V)))
         keep = lax.cond(
             filtered,
-            lambda: _top_k_top_p_mask(scaled, values, ids, peak, top_k, top_p),
+            lambda: _top_k_top_p_mask(scaled, values, ids, peak, top_k, top_p, vocab),
             lambda: jnp.ones(scaled.shape, bool),
         )
         best = ids[:, :num_candidates]
-        normalizer = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
-        raw = jnp.take_along_axis(logits, best, axis=-1, mode="promise_in_bounds") - normalizer
+        raw = vocab.take(logits, best) - vocab.logsumexp(logits)
         return keep, BeamCandidates(best.astype(jnp.int32), values[:, :num_candidates], raw)
 
     keep, candidates = lax.cond(
@@ -159,13 +157,19 @@ def _masked(scaled: jax.Array, keep: jax.Array) -> jax.Array:
 
 
 def _top_k_top_p_mask(
-    scaled: jax.Array, values: jax.Array, ids: jax.Array, peak: jax.Array, top_k: jax.Array, top_p: jax.Array
+    scaled: jax.Array,
+    values: jax.Array,
+    ids: jax.Array,
+    peak: jax.Array,
+    top_k: jax.Array,
+    top_p: jax.Array,
+    vocab: VocabShard,
 ) -> jax.Array:
     """[S, V] mask of the `top_k` likeliest tokens and, within them, of the smallest set of likeliest tokens
     with a mass of at least `top_p`; the lowest ids win a tie. `values` and `ids` are the largest of `scaled`."""
-    V, num_candidates = scaled.shape[-1], values.shape[-1]
+    V, num_candidates = vocab.size, values.shape[-1]
     mass = jnp.cumsum(jnp.exp(values - peak), axis=-1)
-    total = jnp.sum(jnp.exp(scaled - peak), axis=-1)
+    total = vocab.sum(jnp.exp(scaled - peak))[:, 0]
     within_k = jnp.take_along_axis(
         mass, jnp.minimum(top_k, num_candidates)[:, None] - 1, axis=-1, mode="promise_in_bounds"
     )[:, 0]
@@ -184,16 +188,17 @@ def _top_k_top_p_mask(
     )
 
     def bisected() -> tuple[jax.Array, jax.Array]:
-        found = _bisect_threshold(scaled, peak, top_k, top_p)
+        found = _bisect_threshold(scaled, peak, top_k, top_p, vocab)
         select = covered[:, None]
         return jnp.where(select, threshold, found), jnp.where(select, last_id, V)
 
-    threshold, last_id = lax.cond(jnp.all(covered), lambda: (threshold, last_id), bisected)
-    token_ids = jnp.arange(V, dtype=jnp.int32)
-    return (scaled > threshold) | ((scaled == threshold) & (token_ids <= last_id))
+    threshold, last_id = lax.cond(vocab.group.agree(jnp.all(covered)), lambda: (threshold, last_id), bisected)
+    return (scaled > threshold) | ((scaled == threshold) & (vocab.ids() <= last_id))
 
 
-def _bisect_threshold(scaled: jax.Array, peak: jax.Array, top_k: jax.Array, top_p: jax.Array) -> jax.Array:
+def _bisect_threshold(
+    scaled: jax.Array, peak: jax.Array, top_k: jax.Array, top_p: jax.Array, vocab: VocabShard
+) -> jax.Array:
     """[S, 1]: the largest value t for which {scaled ≥ t} holds top_k tokens, or a mass of top_p of them.
 
     Bisects the bits of the float, in the order-preserving integer form, so that the answer is exact.
@@ -212,10 +217,10 @@ def _bisect_threshold(scaled: jax.Array, peak: jax.Array, top_k: jax.Array, top_
         high = jnp.full_like(low, jnp.iinfo(jnp.uint32).max)
         return lax.fori_loop(0, BISECTION_STEPS, body, (low, high))[0]
 
-    by_k = largest(lambda t: jnp.sum(keys >= t, axis=-1, keepdims=True) >= top_k[:, None])
+    by_k = largest(lambda t: vocab.sum(keys >= t) >= top_k[:, None])
     in_k = jnp.where(keys >= by_k, weights, 0.0)
-    target = top_p[:, None] * jnp.sum(in_k, axis=-1, keepdims=True)
-    by_p = largest(lambda t: jnp.sum(jnp.where(keys >= t, in_k, 0.0), axis=-1, keepdims=True) >= target)
+    target = top_p[:, None] * vocab.sum(in_k)
+    by_p = largest(lambda t: vocab.sum(jnp.where(keys >= t, in_k, 0.0)) >= target)
     return _from_sortable(jnp.where(top_p[:, None] < 1.0, jnp.maximum(by_k, by_p), by_k))
 
 
@@ -237,40 +242,44 @@ def _uniforms(inputs: SamplingInputs) -> jax.Array:
     return (bits >> 8).astype(jnp.float32) * jnp.float32(2.0**-24)
 
 
-def _draw(scaled: jax.Array, keep: jax.Array, uniforms: jax.Array) -> jax.Array:
+def _draw(scaled: jax.Array, keep: jax.Array, uniforms: jax.Array, vocab: VocabShard) -> jax.Array:
     """[S] token ids: the first whose cumulative probability exceeds the row's uniform number.
 
-    The vocabulary is taken column by column of a [NUM_GROUPS, columns] table: columns are summed first, and
-    only the chosen column is then summed token by token.
+    The vocabulary is taken column by column of a [VOCAB_ROWS, columns] table: columns are summed first, and
+    only the chosen column is then summed token by token. A chip has whole rows of it.
     """
     S, V = scaled.shape
+    num_columns = vocab.num_columns
     masked = _masked(scaled, keep)
-    weights = jnp.exp(masked - jnp.max(masked, axis=-1, keepdims=True))
-    num_columns = -(-V // NUM_GROUPS)
+    weights = jnp.exp(masked - vocab.max(masked))
+    num_rows = VOCAB_ROWS if vocab.group.size == 1 else V // num_columns
     # token id = row * num_columns + column; summing over rows is the direction that vectorizes
-    table = jnp.pad(weights, ((0, 0), (0, NUM_GROUPS * num_columns - V))).reshape(S, NUM_GROUPS, num_columns)
-    cumulative = jnp.cumsum(jnp.sum(table, axis=1), axis=-1)  # [S, columns]
+    table = jnp.pad(weights, ((0, 0), (0, num_rows * num_columns - V))).reshape(S, num_rows, num_columns)
+    cumulative = jnp.cumsum(vocab.group.sum(jnp.sum(table, axis=1)), axis=-1)  # [S, columns]
     target = uniforms * cumulative[:, -1]
     column = jnp.sum(cumulative <= target[:, None], axis=-1)
     column = jnp.minimum(column, num_columns - 1)
     before = jnp.where(
         column > 0, jnp.take_along_axis(cumulative, jnp.maximum(column - 1, 0)[:, None], 1)[:, 0], 0.0
     )
-    members = jnp.take_along_axis(table, column[:, None, None], axis=2)[:, :, 0]  # [S, NUM_GROUPS]
+    members = jnp.take_along_axis(table, column[:, None, None], axis=2)[:, :, 0]
+    members = vocab.group.gather(members, axis=1)  # [S, rows of all chips]
     within = jnp.cumsum(members, axis=-1)
     row = jnp.sum(within <= (target - before)[:, None], axis=-1)
     # the two sums round differently: never step past the last token that can be drawn
-    last_row = NUM_GROUPS - 1 - jnp.argmax(members[:, ::-1] > 0, axis=-1)
+    last_row = members.shape[1] - 1 - jnp.argmax(members[:, ::-1] > 0, axis=-1)
     return (jnp.minimum(row, last_row) * num_columns + column).astype(jnp.int32)
 
 
-def logprobs_of(logits: jax.Array, token_ids: jax.Array, max_logprobs: int) -> tuple[jax.Array, ...]:
+def logprobs_of(
+    logits: jax.Array, token_ids: jax.Array, vocab: VocabShard, max_logprobs: int
+) -> tuple[jax.Array, ...]:
     """(logprob [S], rank [S], top ids [S, L], top logprobs [S, L]), natural logarithms of log_softmax."""
-    normalizer = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
-    chosen = jnp.take_along_axis(logits, token_ids[:, None], axis=-1, mode="promise_in_bounds")
-    rank = 1 + jnp.sum(logits > chosen, axis=-1)
-    k = min(max_logprobs, logits.shape[-1])
-    values, ids = top_few(logits, k)
+    normalizer = vocab.logsumexp(logits)
+    chosen = vocab.take(logits, token_ids[:, None])
+    rank = 1 + vocab.sum(logits > chosen)[:, 0]
+    k = min(max_logprobs, vocab.size)
+    values, ids = vocab.top_k(logits, k, top_few)
     pad = ((0, 0), (0, max_logprobs - k))
     return (
         (chosen - normalizer)[:, 0],

@@ -6,6 +6,7 @@ A sequence keeps its slot as long as it is in the plans; who is in none loses it
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -24,11 +25,16 @@ MAX_BIASES = (
 
 
 class SlotTableManager:
-    """Owns the tables, on the host and on the device, and which sequence has which slot."""
+    """Owns the tables, on the host and on the device, and which sequence has which slot.
 
-    def __init__(self, num_slots: int, vocab_size: int, device: jax.Device) -> None:
-        self._vocab_size = vocab_size
-        self._device = device
+    Args:
+        place: puts an array, which is given away, on every chip.
+    """
+
+    def __init__(
+        self, num_slots: int, vocab_size: int, place: Callable[[npt.NDArray[Any]], jax.Array]
+    ) -> None:
+        self._place = place
         self._bias_ids = np.zeros((num_slots + 1, MAX_BIASES), np.int32)
         self._bias_values = np.zeros((num_slots + 1, MAX_BIASES), np.float32)
         self._masks = np.full((num_slots + 1, -(-vocab_size // BITS)), 0xFFFFFFFF, np.uint32)
@@ -72,8 +78,7 @@ class SlotTableManager:
 
     def _send(self, array: npt.NDArray[Any]) -> jax.Array:
         # a copy: the CPU device may use the host's memory as it is
-        sent: jax.Array = jax.device_put(array.copy(), self._device)
-        return sent
+        return self._place(array.copy())
 
     def _evict(self, keep: set[Sequence]) -> None:
         for sequence in [s for s in self._slot_of if s not in keep]:

@@ -18,6 +18,7 @@ from jaxserve.kernels.reference import QuantizedPool
 from jaxserve.logits_processors import ProcessorInputs, SlotTables, write_tokens
 from jaxserve.models.llama import Attend, Llama
 from jaxserve.sampler import SamplingInputs, logprobs_of, sample
+from jaxserve.sharding import VocabShard
 from jaxserve.step_inputs import StepShape
 
 
@@ -85,13 +86,15 @@ PROMPT_GROUP = 64  # tokens of a prompt whose logits exist at a time
 def make_step(
     definition: ModelDefinition,
     shape: StepShape,
+    vocab: VocabShard,
     *,
     max_logprobs: int,
     processed_logprobs: bool,
     attention_backend: str = "auto",
     unroll_layers: bool = False,
 ) -> Step:
-    """The function to compile for one shape; `attention_backend` as in `kernels.paged_attention`."""
+    """The function to compile for one shape, with several chips what each of them does; `attention_backend` as in
+    `kernels.paged_attention`."""
     attend = partial(paged_attention, backend=attention_backend, decode_only=shape.decode_only)
 
     def step(
@@ -100,10 +103,11 @@ def make_step(
         inputs = shape.unpack(packed)
         model = definition.build(leaves)
         hidden, pools = _forward(model, inputs, pools, attend, unroll_layers=unroll_layers)
-        logits = model.logits(hidden[inputs["logits_index"]])
+        logits = vocab.mask_padding(model.logits(hidden[inputs["logits_index"]]))
         out = sample(
             logits,
             _sampling_inputs(inputs, pools.tokens, tables),
+            vocab,
             max_logprobs=max_logprobs,
             processed_logprobs=processed_logprobs,
         )
@@ -112,7 +116,7 @@ def make_step(
         outputs = StepOutputs(
             sampled=jnp.concatenate([columns, out.top_ids, _bits(out.top_logprobs)], axis=1),
             candidates=jnp.concatenate([best.token_ids, _bits(best.scores), _bits(best.logprobs)], axis=1),
-            prompt=_prompt_logprobs(model, hidden, inputs, max_logprobs),
+            prompt=_prompt_logprobs(model, hidden, inputs, vocab, max_logprobs),
         )
         return outputs, pools
 
@@ -152,7 +156,7 @@ def _sampling_inputs(
 
 
 def _prompt_logprobs(
-    model: Llama, hidden: jax.Array, inputs: dict[str, jax.Array], max_logprobs: int
+    model: Llama, hidden: jax.Array, inputs: dict[str, jax.Array], vocab: VocabShard, max_logprobs: int
 ) -> jax.Array:
     """[T, 2 + 2 · L]; how likely each of `prompt_targets` was. A few tokens at a time: never [T, V]."""
     targets, tokens = inputs["prompt_targets"], inputs["prompt_tokens"]
@@ -165,10 +169,9 @@ def _prompt_logprobs(
     def rate(g: jax.Array, out: jax.Array) -> jax.Array:
         first = jnp.minimum(g * group, T - group)
         index = lax.dynamic_slice_in_dim(tokens, first, group)
-        logits = model.logits(hidden[index])
-        logprob, rank, ids, top = logprobs_of(
-            logits, lax.dynamic_slice_in_dim(targets, first, group), max_logprobs
-        )
+        logits = vocab.mask_padding(model.logits(hidden[index]))
+        group_targets = lax.dynamic_slice_in_dim(targets, first, group)
+        logprob, rank, ids, top = logprobs_of(logits, group_targets, vocab, max_logprobs)
         rows = jnp.concatenate([_bits(logprob)[:, None], rank[:, None], ids, _bits(top)], axis=1)
         return lax.dynamic_update_slice_in_dim(out, rows, first, axis=0)
 
@@ -178,6 +181,7 @@ def _prompt_logprobs(
 def make_all_logits(
     definition: ModelDefinition,
     shape: StepShape,
+    vocab: VocabShard,
     *,
     attention_backend: str = "auto",
     unroll_layers: bool = False,
@@ -188,7 +192,7 @@ def make_all_logits(
     def all_logits(leaves: list[jax.Array], pools: Pools, packed: jax.Array) -> tuple[jax.Array, Pools]:
         model = definition.build(leaves)
         hidden, pools = _forward(model, shape.unpack(packed), pools, attend, unroll_layers=unroll_layers)
-        return model.logits(hidden), pools
+        return vocab.group.gather(model.logits(hidden), axis=1)[:, : vocab.size], pools
 
     return all_logits
 

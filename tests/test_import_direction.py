@@ -9,12 +9,12 @@ import pytest
 
 ROOT = Path(__file__).parents[1] / "jaxserve"
 RANKS = [  # from the bottom up; modules of one rank do not import each other
-    "errors kernels kernels.metadata token_bound logits_processors",
+    "errors kernels kernels.metadata token_bound",
     "config sampling_params kernels.reference kernels.blocked_attention",
     "constraints constraints.constraint constraints.backends", "constraints.backends.base",
     "messages constraints.text_constraint kernels.pallas_tpu kernels.pallas_triton compilation demo_model",
     "models models.config",
-    "sequence models.rope models.layers kernels.paged_attention",
+    "sequence models.rope kernels.paged_attention sharding", "models.layers logits_processors",
     "block_manager models.loader.checkpoint models.loader.hub models.loader.gguf models.loader.safetensors",
     "models.loader.dummy scheduler slot_tables", "models.loader tokenizer step_inputs",
     "models.llama sampler detokenizer gguf_tokenizer",
@@ -37,7 +37,7 @@ RANKS = [  # from the bottom up; modules of one rank do not import each other
 RANK = {name: rank for rank, names in enumerate(RANKS) for name in names.split()}
 UPWARDS = {("tokenizer", "gguf_tokenizer")}  # deferred: only where a GGUF file is loaded
 JAX = ["models.layers", "models.llama", "kv_cache", "step", "sampler", "logits_processors", "slot_tables"]
-JAX += ["compilation", "model_runner"]
+JAX += ["compilation", "model_runner", "sharding"]
 MODULES = {
     ".".join(p.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): p
     for p in sorted({*ROOT.rglob("*.py"), *(ROOT / "api").glob("*.py"), *(ROOT / "kernels").glob("*.py")})

@@ -12,6 +12,7 @@ import pytest
 from jaxserve import sampler
 from jaxserve.logits_processors import ProcessorInputs, SlotTables
 from jaxserve.sampler import SamplingInputs, sample
+from jaxserve.sharding import VocabShard
 
 Array = np.ndarray
 
@@ -60,12 +61,16 @@ def no_processors(rows: int) -> ProcessorInputs:
     )
 
 
-jitted_sample = jax.jit(sample, static_argnames=("max_logprobs", "processed_logprobs"))
+jitted_sample = jax.jit(sample, static_argnames=("vocab", "max_logprobs", "processed_logprobs"))
 
 
 def run(logits: Array, inputs: SamplingInputs, *, max_logprobs: int = 5, processed: bool = False) -> Any:
     out = jitted_sample(
-        jnp.asarray(logits, jnp.float32), inputs, max_logprobs=max_logprobs, processed_logprobs=processed
+        jnp.asarray(logits, jnp.float32),
+        inputs,
+        vocab=VocabShard(logits.shape[-1]),
+        max_logprobs=max_logprobs,
+        processed_logprobs=processed,
     )
     return jax.tree.map(np.asarray, out)
 
@@ -126,6 +131,7 @@ def test_draws_only_and_all_of_the_allowed_tokens(
     scaled, keep, _ = sampler._processed(
         jnp.asarray(logits[None], jnp.float32),
         inputs_for(1, temperature=temperature, **settings),
+        VocabShard(vocab_size),
         jnp.ones(1, bool),
         1,
     )

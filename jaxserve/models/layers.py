@@ -12,6 +12,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
+from jaxserve.sharding import ONE_CHIP, TensorParallel, VocabShard
+
 MAX_SUMMED_ROWS = 1 << 15
 
 
@@ -28,27 +30,49 @@ def matmul(x: jax.Array, weight: jax.Array) -> jax.Array:
 
 
 class Linear(nnx.Module):
-    """x [T, in] → [T, out] in float32, as the product was accumulated: who uses it rounds it, once."""
+    """x [T, in] → [T, out] in float32, as the product was accumulated: who uses it rounds it, once.
 
-    def __init__(self, in_features: int, out_features: int, *, bias: bool, dtype: jnp.dtype) -> None:
+    Args:
+        summed_over: chips that have a share of the inputs each; their products are added up.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        bias: bool,
+        dtype: jnp.dtype,
+        summed_over: TensorParallel = ONE_CHIP,
+    ) -> None:
+        self.summed_over = summed_over
         self.weight = nnx.Param(jnp.zeros((out_features, in_features), dtype))
         self.bias = nnx.Param(jnp.zeros((out_features,), dtype)) if bias else None
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        out = matmul(x, self.weight[...])
+        out = self.summed_over.sum(matmul(x, self.weight[...]))
         if self.bias is not None:
             out += self.bias[...].astype(jnp.float32)
         return out
 
 
 class Embedding(nnx.Module):
-    """Token ids [T] → [T, E]."""
+    """Token ids [T] → [T, E] float32.
 
-    def __init__(self, num_embeddings: int, features: int, *, dtype: jnp.dtype) -> None:
-        self.weight = nnx.Param(jnp.zeros((num_embeddings, features), dtype))
+    Args:
+        vocab: which rows of the table a chip has.
+    """
+
+    def __init__(self, vocab: VocabShard, features: int, *, dtype: jnp.dtype) -> None:
+        self.vocab = vocab
+        self.weight = nnx.Param(jnp.zeros((vocab.num_local, features), dtype))
 
     def __call__(self, token_ids: jax.Array) -> jax.Array:
-        return self.weight[...].at[token_ids].get(mode="clip")
+        index = self.vocab.local(token_ids, elsewhere=-1)
+        rows = self.weight[...].at[index].get(mode="clip").astype(jnp.float32)
+        if self.vocab.group.size == 1:
+            return rows
+        return self.vocab.group.sum(jnp.where(index[:, None] >= 0, rows, 0.0))
 
 
 class RMSNorm(nnx.Module):

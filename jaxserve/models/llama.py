@@ -1,6 +1,9 @@
 """Llama (Touvron et al. 2023; Grattafiori et al. 2024) and its relatives, over a paged KV cache.
 
 Projections that read the same input are fused: q, k, v into `qkv_proj`, gate and up into `gate_up_proj`.
+
+On several chips each has a model of its own share of the heads, the MLP and the vocabulary (`shard_config`); their
+attention and MLP outputs are added up. A chip's `qkv_proj` has the rows of its own q, k and v heads, in this order.
 """
 
 from __future__ import annotations
@@ -17,8 +20,9 @@ from jaxserve.kernels.paged_attention import paged_attention
 from jaxserve.kernels.reference import QuantizedPool
 from jaxserve.models.config import ModelConfig
 from jaxserve.models.layers import Embedding, Linear, RMSNorm, matmul, rms_norm, rotary_embedding
-from jaxserve.models.loader import TensorSlot
+from jaxserve.models.loader import Part, TensorSlot
 from jaxserve.models.rope import rope_frequencies
+from jaxserve.sharding import ONE_CHIP, TensorParallel, VocabShard, shard_config
 
 Pool = jax.Array | QuantizedPool
 Attend = Callable[..., tuple[jax.Array, Pool]]
@@ -28,43 +32,61 @@ LayerIndex = int | jax.Array
 class Attention(nnx.Module):
     """Parameters of grouped-query self-attention with rotary positions."""
 
-    def __init__(self, config: ModelConfig, dtype: jnp.dtype) -> None:
+    def __init__(self, config: ModelConfig, dtype: jnp.dtype, group: TensorParallel) -> None:
         heads = config.num_heads + 2 * config.num_kv_heads
         self.qkv_proj = Linear(
             config.hidden_size, heads * config.head_dim, bias=config.attention_bias, dtype=dtype
         )
         self.o_proj = Linear(
-            config.num_heads * config.head_dim, config.hidden_size, bias=config.attention_bias, dtype=dtype
+            config.num_heads * config.head_dim,
+            config.hidden_size,
+            bias=config.attention_bias,
+            dtype=dtype,
+            summed_over=group,
         )
 
 
 class MLP(nnx.Module):
     """Parameters of SwiGLU (Shazeer 2020)."""
 
-    def __init__(self, config: ModelConfig, dtype: jnp.dtype) -> None:
+    def __init__(self, config: ModelConfig, dtype: jnp.dtype, group: TensorParallel) -> None:
         hidden, inner = config.hidden_size, config.intermediate_size
         self.gate_up_proj = Linear(hidden, 2 * inner, bias=config.mlp_bias, dtype=dtype)
-        self.down_proj = Linear(inner, hidden, bias=config.mlp_bias, dtype=dtype)
+        self.down_proj = Linear(inner, hidden, bias=config.mlp_bias, dtype=dtype, summed_over=group)
 
 
 class DecoderLayer(nnx.Module):
     """Parameters of one layer."""
 
-    def __init__(self, config: ModelConfig, dtype: jnp.dtype) -> None:
+    def __init__(self, config: ModelConfig, dtype: jnp.dtype, group: TensorParallel) -> None:
         self.input_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps, dtype=dtype)
-        self.self_attn = Attention(config, dtype)
+        self.self_attn = Attention(config, dtype, group)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps, dtype=dtype)
-        self.mlp = MLP(config, dtype)
+        self.mlp = MLP(config, dtype, group)
 
 
 class Llama(nnx.Module):
-    """The whole decoder. Make it under `nnx.eval_shape`: parameters come from a checkpoint, not from here."""
+    """The whole decoder, or one chip's share of it. Make it under `nnx.eval_shape`: parameters come from a
+    checkpoint, not from here.
 
-    def __init__(self, config: ModelConfig, *, dtype: jnp.dtype, max_model_len: int) -> None:
-        self.config = config
+    Args:
+        config: of the whole model.
+        group: the chips that share it.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        *,
+        dtype: jnp.dtype,
+        max_model_len: int,
+        group: TensorParallel = ONE_CHIP,
+    ) -> None:
+        vocab = VocabShard(config.vocab_size, group)
+        self.config = config = shard_config(config, group.size)
         self.max_model_len = max_model_len
-        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size, dtype=dtype)
-        self.layers = nnx.List([DecoderLayer(config, dtype) for _ in range(config.num_layers)])
+        self.embed_tokens = Embedding(vocab, config.hidden_size, dtype=dtype)
+        self.layers = nnx.List([DecoderLayer(config, dtype, group) for _ in range(config.num_layers)])
         self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps, dtype=dtype)
         tied = config.tie_word_embeddings
         self.lm_head = (
@@ -111,7 +133,7 @@ class Llama(nnx.Module):
             return x + self._mlp(layer, x), pool
 
         # the residual stream stays in float32: sums of 2 · num_layers roundings would be most of the error
-        x = self.embed_tokens(token_ids).astype(jnp.float32)
+        x = self.embed_tokens(token_ids)
         carry = x, jax.tree.map(lambda a: a.reshape(num_layers * num_blocks, *a.shape[2:]), kv_pool)
         if unroll:
             for layer in range(num_layers):
@@ -155,46 +177,63 @@ class Llama(nnx.Module):
         return rms_norm(x, weights[layer], self.config.rms_norm_eps)
 
     def logits(self, hidden: jax.Array) -> jax.Array:
-        """hidden [R, E] → [R, V] float32."""
+        """hidden [R, E] → [R, V] float32; a chip's share, its padding included."""
         head = self.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
         return matmul(hidden, head[...])
 
 
-def checkpoint_slots(config: ModelConfig) -> dict[str, TensorSlot]:
-    """Where each tensor of a Hugging Face checkpoint goes: its name → rows of a parameter of `Llama`."""
-    c = config
-    q_rows, kv_rows = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
+def checkpoint_slots(config: ModelConfig, *, num_shards: int = 1, shard: int = 0) -> dict[str, TensorSlot]:
+    """Where each tensor of a Hugging Face checkpoint goes: its name → rows of a parameter of `Llama`.
+
+    Args:
+        config: of the whole model.
+        num_shards, shard: chips that share the model, and the one whose parameters these are.
+    """
+    c, s = config, shard_config(config, num_shards)
+    kv_shard = shard * c.num_kv_heads // num_shards if num_shards > c.num_kv_heads else shard
+
+    def part(axis: int, size: int, total: int, index: int = shard) -> Part | None:
+        first = min(index * size, total)
+        return None if num_shards == 1 else Part(axis, first, min(first + size, total))
+
+    vocabulary = part(0, s.vocab_size, c.vocab_size)
+    table = (c.vocab_size, c.hidden_size)
     slots = {
-        "model.embed_tokens.weight": TensorSlot("embed_tokens.weight", 0, (c.vocab_size, c.hidden_size)),
+        "model.embed_tokens.weight": TensorSlot("embed_tokens.weight", 0, table, vocabulary),
         "model.norm.weight": TensorSlot("norm.weight", 0, (c.hidden_size,)),
     }
     if not c.tie_word_embeddings:
-        slots["lm_head.weight"] = TensorSlot("lm_head.weight", 0, (c.vocab_size, c.hidden_size))
+        slots["lm_head.weight"] = TensorSlot("lm_head.weight", 0, table, vocabulary)
 
-    def add(layer: int, name: str, param: str, row: int, shape: tuple[int, ...]) -> None:
-        slots[f"model.layers.{layer}.{name}"] = TensorSlot(f"layers.{layer}.{param}", row, shape)
-
-    def add_linear(
-        layer: int, name: str, param: str, row: int, shape: tuple[int, int], *, bias: bool
+    def add_rows(
+        layer: str, name: str, param: str, row: int, rows: int, cut: Part | None, bias: bool
     ) -> None:
-        add(layer, f"{name}.weight", f"{param}.weight", row, shape)
+        """Rows of a fused projection, of which each chip has some."""
+        slots[f"{layer}.{name}.weight"] = TensorSlot(f"{param}.weight", row, (rows, c.hidden_size), cut)
         if bias:
-            add(layer, f"{name}.bias", f"{param}.bias", row, shape[:1])
+            slots[f"{layer}.{name}.bias"] = TensorSlot(f"{param}.bias", row, (rows,), cut)
 
+    def add_columns(layer: str, name: str, param: str, columns: int, cut: Part | None, bias: bool) -> None:
+        """A projection whose inputs are spread over the chips. Its bias is added to their sum."""
+        slots[f"{layer}.{name}.weight"] = TensorSlot(f"{param}.weight", 0, (c.hidden_size, columns), cut)
+        if bias:
+            slots[f"{layer}.{name}.bias"] = TensorSlot(f"{param}.bias", 0, (c.hidden_size,))
+
+    q, kv, inner = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim, c.intermediate_size
+    own_q, own_kv, own_inner = s.num_heads * s.head_dim, s.num_kv_heads * s.head_dim, s.intermediate_size
+    q_part, kv_part = part(0, own_q, q), part(0, own_kv, kv, kv_shard)
     for i in range(c.num_layers):
+        layer, param = f"model.layers.{i}", f"layers.{i}"
         for norm in ("input_layernorm", "post_attention_layernorm"):
-            add(i, f"{norm}.weight", f"{norm}.weight", 0, (c.hidden_size,))
-        row = 0
-        for name, rows in (("q_proj", q_rows), ("k_proj", kv_rows), ("v_proj", kv_rows)):
-            shape = (rows, c.hidden_size)
-            add_linear(i, f"self_attn.{name}", "self_attn.qkv_proj", row, shape, bias=c.attention_bias)
-            row += rows
-        shape = (c.hidden_size, q_rows)
-        add_linear(i, "self_attn.o_proj", "self_attn.o_proj", 0, shape, bias=c.attention_bias)
-        for row, name in ((0, "gate_proj"), (c.intermediate_size, "up_proj")):
-            shape = (c.intermediate_size, c.hidden_size)
-            add_linear(i, f"mlp.{name}", "mlp.gate_up_proj", row, shape, bias=c.mlp_bias)
-        add_linear(
-            i, "mlp.down_proj", "mlp.down_proj", 0, (c.hidden_size, c.intermediate_size), bias=c.mlp_bias
-        )
+            slots[f"{layer}.{norm}.weight"] = TensorSlot(f"{param}.{norm}.weight", 0, (c.hidden_size,))
+        qkv, gate_up = f"{param}.self_attn.qkv_proj", f"{param}.mlp.gate_up_proj"
+        add_rows(layer, "self_attn.q_proj", qkv, 0, q, q_part, c.attention_bias)
+        add_rows(layer, "self_attn.k_proj", qkv, own_q, kv, kv_part, c.attention_bias)
+        add_rows(layer, "self_attn.v_proj", qkv, own_q + own_kv, kv, kv_part, c.attention_bias)
+        o_proj = f"{param}.self_attn.o_proj"
+        add_columns(layer, "self_attn.o_proj", o_proj, q, part(1, own_q, q), c.attention_bias)
+        add_rows(layer, "mlp.gate_proj", gate_up, 0, inner, part(0, own_inner, inner), c.mlp_bias)
+        add_rows(layer, "mlp.up_proj", gate_up, own_inner, inner, part(0, own_inner, inner), c.mlp_bias)
+        down_proj = f"{param}.mlp.down_proj"
+        add_columns(layer, "mlp.down_proj", down_proj, inner, part(1, own_inner, inner), c.mlp_bias)
     return slots

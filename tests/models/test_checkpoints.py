@@ -165,7 +165,7 @@ def place_all(path: Path) -> dict[str, np.ndarray]:
     for slot in slots.values():
         rows = shapes.get(slot.param, (0,))[0]
         shapes[slot.param] = (max(rows, slot.row + slot.shape[0]), *slot.shape[1:])
-    return load_params(checkpoint, slots, shapes, np.dtype(np.float32), lambda _, array: array)
+    return load_params(checkpoint, [slots], shapes, np.dtype(np.float32), lambda *placed: placed[2])[0]
 
 
 def test_projections_are_fused_in_the_order_q_k_v_and_gate_up(tmp_path: Path) -> None:
@@ -286,7 +286,7 @@ def test_loading_holds_little_more_than_one_parameter(tmp_path: Path) -> None:
         shapes[slot.param] = (max(shapes[slot.param][0], slot.row + slot.shape[0]), *slot.shape[1:])
     largest = 40_000 * 512 * 4
     tracemalloc.start()
-    load_params(checkpoint, slots, shapes, np.dtype(np.float32), lambda _, array: array.shape)
+    load_params(checkpoint, [slots], shapes, np.dtype(np.float32), lambda *placed: placed[2].shape)
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert peak < 2.5 * largest

@@ -34,7 +34,7 @@ def param_shapes(slots: dict[str, TensorSlot]) -> dict[str, tuple[int, ...]]:
 
 def load(checkpoint: Checkpoint, dtype: np.dtype[Any] = F32) -> dict[str, Array]:
     slots = checkpoint_slots(checkpoint.config)
-    return load_params(checkpoint, slots, param_shapes(slots), dtype, lambda _, array: array)
+    return load_params(checkpoint, [slots], param_shapes(slots), dtype, lambda *placed: placed[2])[0]
 
 
 def write_header(path: Path, header: object, data: bytes = b"") -> None:
@@ -69,11 +69,11 @@ def test_a_parameter_is_placed_as_soon_as_its_last_tensor_was_read() -> None:
         "up": TensorSlot("up", 0, (2, 4)),
     }
 
-    def place(name: str, array: Array) -> Array:
+    def place(_: int, name: str, array: Array) -> Array:
         checkpoint.log.append(f"place {name}")
         return array
 
-    params = load_params(checkpoint, slots, param_shapes(slots), F32, place)
+    (params,) = load_params(checkpoint, [slots], param_shapes(slots), F32, place)
     assert checkpoint.log == [
         "read q", "read norm", "place norm", "read k", "place qk", "read up", "place up",
     ]  # fmt: skip
@@ -98,7 +98,7 @@ def test_parameters_norms_included_are_cast_as_numpy_casts(
 def test_parameters_begin_where_the_cpu_backend_takes_them_without_a_copy() -> None:
     tensors = {str(i): np.ones((3, 5), np.float32) for i in range(20)}
     slots = {name: TensorSlot(name, 0, (3, 5)) for name in tensors}
-    params = load_params(Scripted(tensors), slots, param_shapes(slots), BF16, lambda _, array: array)
+    (params,) = load_params(Scripted(tensors), [slots], param_shapes(slots), BF16, lambda *placed: placed[2])
     assert {array.ctypes.data % 64 for array in params.values()} == {0}
 
 
@@ -119,7 +119,7 @@ def test_nothing_is_read_of_a_checkpoint_that_does_not_fit() -> None:
     checkpoint = Scripted({"a": np.ones((2, 2), np.float32)})
     slots = {"a": TensorSlot("a", 0, (2, 2)), "b": TensorSlot("b", 0, (2,)), "c": TensorSlot("c", 0, (2,))}
     with pytest.raises(ModelLoadError, match="lacks b and 1 more"):
-        load_params(checkpoint, slots, param_shapes(slots), F32, lambda _, array: array)
+        load_params(checkpoint, [slots], param_shapes(slots), F32, lambda *placed: placed[2])
     assert checkpoint.log == []
 
 
@@ -136,7 +136,7 @@ def test_the_memory_that_loading_takes_is_the_parameters_and_a_few_megabytes(tmp
         checkpoint = open_checkpoint(tmp_path, "auto")
         slots = checkpoint_slots(checkpoint.config)
         tracemalloc.start()
-        load_params(checkpoint, slots, param_shapes(slots), dtype, lambda _, array: array.shape)
+        load_params(checkpoint, [slots], param_shapes(slots), dtype, lambda *placed: placed[2].shape)
         peak = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
         assert peak < largest * dtype.itemsize + 32e6

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol, TypeVar
 
 import numpy as np
@@ -20,12 +21,22 @@ IGNORED_SUFFIXES = ("rotary_emb.inv_freq", "attn.masked_bias")
 ALIGNMENT = 64  # bytes: XLA:CPU takes an array that begins at a multiple of it as it is, without a copy
 
 
+class Part(NamedTuple):
+    """[first, stop) of a tensor along one axis."""
+
+    axis: int
+    first: int
+    stop: int
+
+
 class TensorSlot(NamedTuple):
-    """Where a checkpoint tensor goes: rows [row, row + shape[0]) of parameter `param`."""
+    """Where a checkpoint tensor of `shape` goes: its part (None: all of it) to the rows of parameter `param` from
+    `row` on. Rows that no tensor fills are zero."""
 
     param: str
     row: int
     shape: tuple[int, ...]
+    part: Part | None = None
 
 
 class Checkpoint(Protocol):
@@ -51,42 +62,62 @@ class Checkpoint(Protocol):
 
 def load_params(
     checkpoint: Checkpoint,
-    slots: Mapping[str, TensorSlot],
+    shards: Sequence[Mapping[str, TensorSlot]],
     param_shapes: Mapping[str, tuple[int, ...]],
     dtype: np.dtype[Any],
-    place: Callable[[str, Array], T],
-) -> dict[str, T]:
-    """Fill every parameter, in file order, and place it as soon as its last tensor has been read.
+    place: Callable[[int, str, Array], T],
+) -> list[dict[str, T]]:
+    """Fill every parameter of every shard, in file order, and place it as soon as its last tensor has been read.
+
+    A tensor is read once, whatever the number of shards; one that is cut exists whole until all have their part.
 
     Args:
-        slots: for every tensor that must be there, where it goes. Together they fill every parameter.
-        param_shapes: of every parameter.
+        shards: for each chip to load for: for every tensor that must be there, where it goes. Together they fill
+            every parameter. All cut the same tensors.
+        param_shapes: of every parameter; a shard's.
         dtype: that parameters are cast to.
-        place: puts a finished parameter on the device. It owns the array from then on.
+        place: puts a finished parameter of the n-th shard on its device. It owns the array from then on.
 
     Raises:
         ModelLoadError: a tensor is missing, surplus, of a wrong shape or beyond the range of `dtype`; the first
             one is named.
     """
-    ignored = _check_tensors(checkpoint, slots)
-    remaining = dict.fromkeys(param_shapes, 0)
-    for slot in slots.values():
-        remaining[slot.param] += 1
-    buffers: dict[str, Array] = {}
-    placed: dict[str, T] = {}
+    ignored = _check_tensors(checkpoint, shards[0])
+    remaining = Counter(slot.param for slot in shards[0].values())
+    buffers: dict[str, list[Array]] = {}
+    placed: list[dict[str, T]] = [{} for _ in shards]
     for name in checkpoint.shapes():
         if name in ignored:
             continue
-        param, row, shape = slots[name]
+        param = shards[0][name].param
         if param not in buffers:
-            buffers[param] = _empty(param_shapes[param], dtype)
-        _read(
-            checkpoint, name, buffers[param][row : row + shape[0]]
-        )  # no name here keeps a placed buffer alive
+            buffers[param] = [_zeros(param_shapes[param], dtype) for _ in shards]
+        # no name here keeps a placed buffer alive
+        _fill(checkpoint, name, [slots[name] for slots in shards], buffers[param])
         remaining[param] -= 1
         if remaining[param] == 0:
-            placed[param] = place(param, buffers.pop(param))
+            finished = buffers.pop(param)
+            for shard in reversed(range(len(shards))):
+                placed[shard][param] = place(shard, param, finished.pop())
     return placed
+
+
+def _fill(checkpoint: Checkpoint, name: str, slots: list[TensorSlot], buffers: list[Array]) -> None:
+    """Read a tensor and put its parts where they belong."""
+    row, shape = slots[0].row, slots[0].shape
+    if slots[0].part is None:
+        first, *others = (buffer[row : row + shape[0]] for buffer in buffers)
+        _read(checkpoint, name, first)
+        for other in others:
+            other[...] = first
+        return
+    tensor = _zeros(shape, buffers[0].dtype)
+    _read(checkpoint, name, tensor)
+    for slot, buffer in zip(slots, buffers, strict=True):
+        assert slot.part is not None
+        axis, start, stop = slot.part
+        part = tensor[start:stop] if axis == 0 else tensor[:, start:stop]
+        buffer[slot.row : slot.row + len(part)] = part
 
 
 def _read(checkpoint: Checkpoint, name: str, out: Array) -> None:
@@ -96,10 +127,10 @@ def _read(checkpoint: Checkpoint, name: str, out: Array) -> None:
         raise ModelLoadError(f"The tensor {name} has values beyond float16's range: use --dtype bfloat16.")
 
 
-def _empty(shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
-    """An array whose data begin at a multiple of ALIGNMENT, which numpy's own do not."""
+def _zeros(shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
+    """Zeros whose data begin at a multiple of ALIGNMENT, which numpy's own do not."""
     num_bytes = math.prod(shape) * dtype.itemsize
-    memory = np.empty(num_bytes + ALIGNMENT, np.uint8)
+    memory = np.zeros(num_bytes + ALIGNMENT, np.uint8)
     start = -memory.ctypes.data % ALIGNMENT
     return memory[start : start + num_bytes].view(dtype).reshape(shape)
 
