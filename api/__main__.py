@@ -6,7 +6,7 @@ import logging
 import sys
 
 from jaxserve.api.cli import parse_args
-from jaxserve.api.serving import serve
+from jaxserve.api.serving import follow, serve
 from jaxserve.errors import ConfigError, JaxserveError, ModelLoadError
 
 
@@ -24,6 +24,8 @@ def run(arguments: list[str]) -> int:
             level=config.log_level.upper(),
             format="%(asctime)s %(levelname)s %(name)s: %(message)s",
         )
+        if config.engine.process_id > 0:
+            follow(config)
         return serve(config)
     except (ConfigError, ModelLoadError) as error:
         print(f"jaxserve: {error}", file=sys.stderr)

@@ -110,7 +110,10 @@ def make_parser() -> argparse.ArgumentParser:
         help="share of the device's memory to use",
     )
     engine.add_argument("--kv-cache-memory-bytes", type=_int)
-    engine.add_argument("--tensor-parallel-size", "-tp", type=_int, help="devices that share the model")
+    engine.add_argument("--tensor-parallel-size", type=_int, help="devices that share the model")
+    engine.add_argument("--coordinator-address", help="host:port of process 0, where several processes meet")
+    engine.add_argument("--num-processes", type=_int, help="processes of the engine, on one or several hosts")
+    engine.add_argument("--process-id", type=_int, help="which one this is; 0 serves, the others follow it")
     engine.add_argument("--enable-prefix-caching", action=argparse.BooleanOptionalAction)
     engine.add_argument("--enable-chunked-prefill", action=argparse.BooleanOptionalAction)
     later = parser.add_argument_group("of later versions: refused unless neutral")

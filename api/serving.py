@@ -12,9 +12,12 @@ import socket
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import asdict, replace
 from hashlib import sha256
 from pathlib import Path
+from typing import NoReturn
+
+import msgspec
 
 import jaxserve
 from jaxserve.api.admission import Admission
@@ -26,7 +29,7 @@ from jaxserve.api.metrics import Metrics
 from jaxserve.chat_template import load_chat_template
 from jaxserve.config import ServerConfig
 from jaxserve.constraints.worker import ConstraintWorker
-from jaxserve.engine_client import ENGINE_COMMAND, SocketEngineClient
+from jaxserve.engine_client import ENGINE_COMMAND, SocketEngineClient, engine_environment
 from jaxserve.errors import EngineStartingError
 from jaxserve.generation_config import load_generation_defaults
 from jaxserve.messages import EngineInfo
@@ -59,6 +62,18 @@ def serve(config: ServerConfig) -> int:
         finally:
             if config.uds:
                 Path(config.uds).unlink(missing_ok=True)
+
+
+def follow(config: ServerConfig) -> NoReturn:
+    """Become a process that serves nobody and runs what process 0 runs.
+
+    Raises:
+        ConfigError, ModelLoadError: the model is wrong.
+    """
+    path = resolve_model(config.engine.model)
+    engine = msgspec.json.encode(asdict(replace(config.engine, model=str(path)))).decode()
+    command = [sys.executable, "-m", "jaxserve.follower", "--log-level", config.log_level, engine]
+    os.execve(sys.executable, command, engine_environment())
 
 
 class _Server:

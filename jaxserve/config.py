@@ -45,6 +45,9 @@ class EngineConfig:
         compilation_cache: keep compiled programs on disk.
         attention_backend: which implementation of attention runs (docs/kernels.md).
         tensor_parallel_size: devices that share the model.
+        coordinator_address: host:port of process 0, where the processes of one engine meet.
+        num_processes: how many there are.
+        process_id: which one this is; process 0 schedules and serves.
     """
 
     model: str
@@ -65,6 +68,9 @@ class EngineConfig:
     compilation_cache: bool = True
     attention_backend: AttentionBackend = "auto"
     tensor_parallel_size: int = 1
+    coordinator_address: str | None = None
+    num_processes: int = 1
+    process_id: int = 0
 
     def __post_init__(self) -> None:
         _require(bool(self.model), "--model", self.model, "a directory, a .gguf file or a hub id")
@@ -78,6 +84,7 @@ class EngineConfig:
             ("--max-num-batched-tokens", self.max_num_batched_tokens),
             ("--kv-cache-memory-bytes", self.kv_cache_memory_bytes),
             ("--tensor-parallel-size", self.tensor_parallel_size),
+            ("--num-processes", self.num_processes),
         ):
             _require(value is None or value >= 1, flag, value, "an integer of at least 1")
         power_of_two = self.block_size is None or (self.block_size >= 1 and self.block_size.bit_count() == 1)
@@ -87,6 +94,20 @@ class EngineConfig:
             0.0 < utilization <= 1.0, "--gpu-memory-utilization", utilization, "greater than 0 and at most 1"
         )
         _require(0 <= self.max_logprobs <= 100, "--max-logprobs", self.max_logprobs, "between 0 and 100")
+        self._check_processes()
+
+    def _check_processes(self) -> None:
+        address, count = self.coordinator_address, self.num_processes
+        if (address is None) != (count == 1):
+            raise ConfigError("--coordinator-address and --num-processes (2 or more) must be given together.")
+        if address is not None:
+            host, _, port = address.rpartition(":")
+            valid = bool(host) and port.isascii() and port.isdecimal() and 0 < int(port) < 1 << 16
+            _require(valid, "--coordinator-address", address, "host:port of process 0")
+        _require(0 <= self.process_id < count, "--process-id", self.process_id, f"between 0 and {count - 1}")
+        divisible = self.tensor_parallel_size % count == 0
+        allowed = f"a multiple of --num-processes {count}: each has as many devices as the others"
+        _require(divisible, "--tensor-parallel-size", self.tensor_parallel_size, allowed)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -229,7 +229,7 @@ class SocketEngineClient:
             self._process = await asyncio.create_subprocess_exec(
                 *self._command,
                 path,
-                env=_environment(),
+                env=engine_environment(),
                 start_new_session=True,  # Ctrl-C in the terminal is for the API process alone
                 stdin=asyncio.subprocess.DEVNULL,
             )
@@ -384,7 +384,7 @@ class SocketEngineClient:
         self._lose()
 
 
-def _environment() -> dict[str, str]:
+def engine_environment() -> dict[str, str]:
     """The engine's environment: the same jaxserve importable from any directory, and no keys."""
     root = str(Path(__file__).resolve().parent.parent)
     environment = {k: v for k, v in os.environ.items() if k != "JAXSERVE_API_KEY"}

@@ -19,7 +19,7 @@ import socket
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import msgspec
 
@@ -117,15 +117,21 @@ def serve(connection: Connection, config: EngineConfig) -> None:
     """Load, then step until told to end."""
     # these import jax: only once the socket is there to report on it
     from jaxserve.engine import Engine
+    from jaxserve.lockstep import end_process
     from jaxserve.model_runner import ModelRunner
 
     def report(text: str) -> None:
         connection.send(StartupPhase(text=text))
 
+    def lose(reason: str) -> NoReturn:
+        connection.send(EngineFailed(message=reason, user_error=False))
+        connection.flush()
+        end_process(reason)
+
     gc.disable()  # tracing makes millions of objects that live as long as the programs
     with ThreadPoolExecutor(1) as pool:
         loading = pool.submit(_load_tokenizer, config)
-        runner = ModelRunner(config, report)
+        runner = ModelRunner(config, report, lose)
         engine = Engine(runner, seed=config.seed, tokenizer=loading.result())
     gc.enable()
     gc.freeze()
@@ -145,6 +151,7 @@ def serve(connection: Connection, config: EngineConfig) -> None:
                     if not engine.has_work:
                         connection.send(StepOutputs(outputs=[], stats=engine.stats()))
                 case Shutdown():
+                    runner.close()
                     return
         connection.send(engine.step())
 
@@ -179,7 +186,7 @@ def _end_with_parent() -> None:
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
-def _configure_logging(name: str) -> None:
+def configure_logging(name: str) -> None:
     """Log what jaxserve itself has to say from level `name` on, and only the troubles of the libraries: jax, for one,
     tells at INFO of every platform that the machine does not have."""
     level = logging.getLevelNamesMapping()[name]
@@ -203,7 +210,7 @@ def main() -> int:
     parser.add_argument("--log-level", default="info")
     parser.add_argument("socket")
     arguments = parser.parse_args()
-    _configure_logging(arguments.log_level.upper())
+    configure_logging(arguments.log_level.upper())
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
         sock.connect(arguments.socket)

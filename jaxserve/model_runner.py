@@ -20,6 +20,8 @@ from jaxserve.errors import ConfigError
 from jaxserve.kernels.blocked_attention import TOKEN_GROUP
 from jaxserve.kernels.paged_attention import PoolShape, ServingShape, backend_for
 from jaxserve.kv_cache import CPU_DEFAULT_POOL_BYTES, KVCacheSpec, free_device_bytes, num_blocks_for
+from jaxserve.lockstep import Follower, OnLoss, Step, Table, end_process, join
+from jaxserve.logits_processors import SlotTables
 from jaxserve.messages import TopLogprobs
 from jaxserve.models.config import ModelConfig
 from jaxserve.models.llama import Llama, checkpoint_slots
@@ -113,8 +115,11 @@ class ModelRunner:
         compilations: counts what XLA compiled since the runner was ready.
     """
 
-    def __init__(self, config: EngineConfig, report: Report = lambda _: None) -> None:
-        self.config = config
+    def __init__(
+        self, config: EngineConfig, report: Report = lambda _: None, on_loss: OnLoss = end_process
+    ) -> None:
+        self._others = join(config, on_loss)
+        self.config = config = self._others.config
         self.compilations = CompilationCounter()
         if config.compilation_cache:
             enable_compilation_cache()
@@ -122,7 +127,7 @@ class ModelRunner:
         checkpoint = open_checkpoint(path, config.load_format)
         self.model_config = checkpoint.config
         self._shard = shard_config(self.model_config, config.tensor_parallel_size)
-        self.devices = DeviceGroup(config.tensor_parallel_size)
+        self.devices = DeviceGroup.of(config.tensor_parallel_size)
         self.platform = self.devices.platform
         self._vocab = VocabShard(self.model_config.vocab_size, self.devices.group)
         self.dtype = _resolve_dtype(config, self.model_config, self.platform)
@@ -155,14 +160,12 @@ class ModelRunner:
         self._free_bytes = (
             None
             if config.kv_cache_memory_bytes
-            else free_device_bytes(self.devices.devices, config.memory_utilization)
+            else self._others.least(free_device_bytes(self.devices.devices, config.memory_utilization))
         )
         self._max_num_batched_tokens = max_num_batched_tokens
         guess = self._num_blocks(program_bytes=PROGRAM_BYTES_GUESS)
         self.limits = self._limits(guess)  # what cannot work is said before anything is loaded
-        self._slots = SlotTableManager(
-            self._max_num_seqs, self.model_config.vocab_size, self.devices.put_everywhere
-        )
+        self._slots = SlotTableManager(self._max_num_seqs, self.model_config.vocab_size, self._place_table)
         self._programs: dict[StepShape, jax.stages.Compiled] = {}
         self._all_logits: jax.stages.Wrapped | None = None
         with ThreadPoolExecutor(COMPILE_THREADS + 1, thread_name_prefix="startup") as pool:
@@ -172,10 +175,13 @@ class ModelRunner:
             self.limits = self._limits(num_blocks)
             self._pools = self.devices.zeros(self._abstract_pools(num_blocks))
             self._leaves = loading.result()
-            for shape, program in programs.items():
-                self._programs[shape] = program.result()
+            self._programs = {shape: program.result() for shape, program in programs.items()}
+            self._others.start_together()
+            for shape in self._programs:
                 # the first run of a program pays for what later ones find ready
-                np.asarray(self._execute(shape, np.zeros(shape.size, np.int32)).sampled)
+                np.asarray(
+                    self._execute(shape, np.zeros(shape.size, np.int32), self._slots.on_device()).sampled
+                )
         sizes = ", ".join(f"{s.num_tokens}{' decoded' if s.decode_only else ''}" for s in self.shapes)
         report(f"compiled {len(programs)} programs ({sizes} tokens) in {_seconds_since(started)}")
         self.compilations.reset()
@@ -187,7 +193,28 @@ class ModelRunner:
         shape = next(shape for shape in self.shapes if shape.fits(needed, rows, prompt_logprobs=rates))
         self._slots.assign([row.sequence for row in plan.rows if row.samples])
         packed = pack_step(plan, shape, self.block_size, self._slots)
-        return StepResult(self._execute(shape, packed), self.config)
+        tables = self._slots.on_device()
+        self._others.send_step(self.shapes.index(shape), packed)
+        return StepResult(self._execute(shape, packed, tables), self.config)
+
+    def follow(self) -> None:
+        """Run what process 0 runs, until it is told to end. For the other processes."""
+        assert isinstance(self._others, Follower), "process 0 runs steps"
+        tables = self._slots.on_device()
+        for frame in self._others.frames():
+            match frame:
+                case Step():
+                    packed = np.frombuffer(frame.packed, np.int32)
+                    outputs = self._execute(self.shapes[frame.shape], packed, tables)
+                    jax.block_until_ready(outputs)
+                case Table():
+                    last = getattr(tables, frame.name)
+                    table = np.frombuffer(frame.data, last.dtype).reshape(last.shape)
+                    tables = tables._replace(**{frame.name: self.devices.put_everywhere(table)})
+
+    def close(self) -> None:
+        """End the other processes, if there are any."""
+        self._others.close()
 
     def describe_kv_cache(self) -> str:
         """One line for the log."""
@@ -336,9 +363,12 @@ class ModelRunner:
         tokens = jax.ShapeDtypeStruct((num_blocks, self.block_size), jnp.int32)
         return Pools(self._spec.abstract(num_blocks), tokens)  # type: ignore[arg-type]
 
-    def _execute(self, shape: StepShape, packed: npt.NDArray[np.int32]) -> StepOutputs:
+    def _place_table(self, name: str, table: npt.NDArray[Any]) -> jax.Array:
+        self._others.send_table(name, table)
+        return self.devices.put_everywhere(table)
+
+    def _execute(self, shape: StepShape, packed: npt.NDArray[np.int32], tables: SlotTables) -> StepOutputs:
         outputs: StepOutputs
-        tables = self._slots.on_device()
         inputs = packed if self.devices.group.size == 1 else self.devices.put_everywhere(packed)
         outputs, self._pools = self._programs[shape](self._leaves, self._pools, tables, inputs)
         return outputs

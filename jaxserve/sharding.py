@@ -193,22 +193,30 @@ class DeviceGroup:
         local_shards: which chips are this process's.
     """
 
-    def __init__(self, size: int) -> None:
-        """Takes the first `size` devices.
+    def __init__(self, devices: Sequence[jax.Device]) -> None:
+        self.group = TensorParallel(len(devices))
+        self._devices = list(devices)
+        here = jax.process_index()
+        self.local_shards = [i for i, device in enumerate(devices) if device.process_index == here]
+
+    @classmethod
+    def of(cls, size: int) -> DeviceGroup:
+        """`size` devices, of every process as many.
 
         Raises:
             ConfigError: there are fewer.
         """
-        devices = jax.devices()
-        if size > len(devices):
-            raise ConfigError(
-                f"--tensor-parallel-size {size} needs as many devices; there are {len(devices)} "
-                f"({devices[0].platform})."
-            )
-        self.group = TensorParallel(size)
-        self._devices = devices[:size]
-        here = jax.process_index()
-        self.local_shards = [i for i, device in enumerate(self._devices) if device.process_index == here]
+        chosen: list[jax.Device] = []
+        share = size // jax.process_count()
+        for process in range(jax.process_count()):
+            devices = [device for device in jax.devices() if device.process_index == process]
+            if share > len(devices):
+                raise ConfigError(
+                    f"--tensor-parallel-size {size} needs {share} devices in each process; process {process} has "
+                    f"{len(devices)} ({devices[0].platform})."
+                )
+            chosen += devices[:share]
+        return cls(chosen)
 
     @property
     def devices(self) -> list[jax.Device]:
@@ -217,19 +225,20 @@ class DeviceGroup:
 
     @property
     def platform(self) -> str:
-        return self._devices[0].platform
+        return str(self._devices[0].platform)
 
     def put_shards(self, shards: Sequence[npt.NDArray[Any] | jax.Array]) -> jax.Array:
         """One array a local chip → their global array. The arrays are given away."""
         if self.group.size == 1:
-            return jax.device_put(shards[0], self._devices[0])
+            placed: list[jax.Array] = jax.device_put(list(shards), self._devices)
+            return placed[0]
         rows, *rest = shards[0].shape
         return self._assemble((rows * self.group.size, *rest), self._sharded, shards)
 
     def put_everywhere(self, array: npt.NDArray[Any]) -> jax.Array:
         """The same array on every chip. It is given away."""
         if self.group.size == 1:
-            return jax.device_put(array, self._devices[0])
+            return self.put_shards([array])
         return self._assemble(array.shape, self._everywhere, [array] * len(self.local_shards))
 
     def zeros(self, tree: Tree) -> Tree:
@@ -267,9 +276,7 @@ class DeviceGroup:
         if self.group.size == 1:
             return step
         # the check of what differs between chips would want it said of every loop's first value
-        return jax.shard_map(  # type: ignore[return-value]
-            step, mesh=self._mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False
-        )
+        return jax.shard_map(step, mesh=self._mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
 
     @cached_property
     def _mesh(self) -> Mesh:
@@ -286,7 +293,7 @@ class DeviceGroup:
     def _assemble(
         self, shape: tuple[int, ...], sharding: NamedSharding, shards: Sequence[npt.NDArray[Any] | jax.Array]
     ) -> jax.Array:
-        placed = jax.device_put(list(shards), self.devices)
+        placed: list[jax.Array] = jax.device_put(list(shards), self.devices)
         return jax.make_array_from_single_device_arrays(shape, sharding, placed)
 
 

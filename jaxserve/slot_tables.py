@@ -28,11 +28,11 @@ class SlotTableManager:
     """Owns the tables, on the host and on the device, and which sequence has which slot.
 
     Args:
-        place: puts an array, which is given away, on every chip.
+        place: puts a table (its name in SlotTables, and what is in it: given away) on every chip.
     """
 
     def __init__(
-        self, num_slots: int, vocab_size: int, place: Callable[[npt.NDArray[Any]], jax.Array]
+        self, num_slots: int, vocab_size: int, place: Callable[[str, npt.NDArray[Any]], jax.Array]
     ) -> None:
         self._place = place
         self._bias_ids = np.zeros((num_slots + 1, MAX_BIASES), np.int32)
@@ -71,14 +71,17 @@ class SlotTableManager:
     def on_device(self) -> SlotTables:
         """The tables as they are now."""
         if self._biases_on_device is None:
-            self._biases_on_device = self._send(self._bias_ids), self._send(self._bias_values)
+            self._biases_on_device = (
+                self._send("bias_ids", self._bias_ids),
+                self._send("bias_values", self._bias_values),
+            )
         if self._masks_on_device is None:
-            self._masks_on_device = self._send(self._masks)
+            self._masks_on_device = self._send("masks", self._masks)
         return SlotTables(*self._biases_on_device, self._masks_on_device)
 
-    def _send(self, array: npt.NDArray[Any]) -> jax.Array:
+    def _send(self, name: str, array: npt.NDArray[Any]) -> jax.Array:
         # a copy: the CPU device may use the host's memory as it is
-        return self._place(array.copy())
+        return self._place(name, array.copy())
 
     def _evict(self, keep: set[Sequence]) -> None:
         for sequence in [s for s in self._slot_of if s not in keep]:

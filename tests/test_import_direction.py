@@ -25,7 +25,7 @@ RANKS = [  # from the bottom up; modules of one rank do not import each other
     "constraints.backends.llguidance constraints.backends.outlines constraints.backends.lm_format_enforcer",
     "constraints.compiler", "constraints.worker constraints.text_constraints",
     "beams",
-    "model_runner", "engine", "llm engine_server", "engine_client",
+    "lockstep", "model_runner", "engine", "llm engine_server", "engine_client follower",
     "api", "api.errors api.fields api.auth api.cors api.field_texts api.tool_calls",
     "api.constraints api.http_server", "api.tools",
     "api.protocol api.openapi_responses", "api.openapi", "api.prompts", "api.generation",
@@ -37,7 +37,7 @@ RANKS = [  # from the bottom up; modules of one rank do not import each other
 RANK = {name: rank for rank, names in enumerate(RANKS) for name in names.split()}
 UPWARDS = {("tokenizer", "gguf_tokenizer")}  # deferred: only where a GGUF file is loaded
 JAX = ["models.layers", "models.llama", "kv_cache", "step", "sampler", "logits_processors", "slot_tables"]
-JAX += ["compilation", "model_runner", "sharding"]
+JAX += ["compilation", "model_runner", "sharding", "lockstep"]
 MODULES = {
     ".".join(p.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): p
     for p in sorted({*ROOT.rglob("*.py"), *(ROOT / "api").glob("*.py"), *(ROOT / "kernels").glob("*.py")})

@@ -155,5 +155,7 @@ def test_a_model_that_cannot_be_divided_is_refused(changes: dict[str, int], size
 
 def test_more_devices_than_there_are_is_refused(tmp_path: Path) -> None:
     model = str(write_tiny_model(tmp_path / "m"))
-    with pytest.raises(ConfigError, match="--tensor-parallel-size 4 needs as many devices"):
+    with pytest.raises(
+        ConfigError, match="--tensor-parallel-size 4 needs 4 devices in each process; process 0 has 1"
+    ):
         ModelRunner(EngineConfig(model=model, tensor_parallel_size=4))

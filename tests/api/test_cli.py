@@ -21,6 +21,16 @@ ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "flags.md"
 
 # flag and values → field → value; the field is the engine's where EngineConfig has it
+TWO_PROCESSES = [
+    "--tensor-parallel-size",
+    "2",
+    "--coordinator-address",
+    "10.0.0.1:99",
+    "--num-processes",
+    "2",
+    "--process-id",
+    "1",
+]
 SETTINGS: list[tuple[list[str], str, Any]] = [
     (["--tokenizer", "t"], "tokenizer", "t"),
     (["--served-model-name", "a"], "served_model_names", ("a",)),
@@ -79,6 +89,9 @@ SETTINGS: list[tuple[list[str], str, Any]] = [
     (["--memory-utilization", "0.25"], "memory_utilization", 0.25),
     (["--kv-cache-memory-bytes", "12345"], "kv_cache_memory_bytes", 12345),
     (["--tensor-parallel-size", "4"], "tensor_parallel_size", 4),
+    (TWO_PROCESSES, "coordinator_address", "10.0.0.1:99"),
+    (TWO_PROCESSES, "num_processes", 2),
+    (TWO_PROCESSES, "process_id", 1),
     (["--no-enable-prefix-caching"], "enable_prefix_caching", False),
     (["--enable-prefix-caching"], "enable_prefix_caching", True),
     (["--no-enable-chunked-prefill"], "enable_chunked_prefill", False),
@@ -86,7 +99,11 @@ SETTINGS: list[tuple[list[str], str, Any]] = [
 ]
 
 
-GO_TOGETHER = [{"ssl_keyfile", "ssl_certfile"}, {"enable_auto_tool_choice", "tool_call_parser"}]
+GO_TOGETHER = [
+    {"ssl_keyfile", "ssl_certfile"},
+    {"enable_auto_tool_choice", "tool_call_parser"},
+    {"tensor_parallel_size", "coordinator_address", "num_processes", "process_id"},
+]
 
 
 @pytest.fixture(autouse=True)
