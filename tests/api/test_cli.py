@@ -21,16 +21,8 @@ ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "flags.md"
 
 # flag and values → field → value; the field is the engine's where EngineConfig has it
-TWO_PROCESSES = [
-    "--tensor-parallel-size",
-    "2",
-    "--coordinator-address",
-    "10.0.0.1:99",
-    "--num-processes",
-    "2",
-    "--process-id",
-    "1",
-]
+ADDRESS, TWO = ["--coordinator-address", "10.0.0.1:99"], ["--num-processes", "2"]
+SPLIT, SECOND = ["--tensor-parallel-size", "2"], ["--process-id", "1"]
 SETTINGS: list[tuple[list[str], str, Any]] = [
     (["--tokenizer", "t"], "tokenizer", "t"),
     (["--served-model-name", "a"], "served_model_names", ("a",)),
@@ -89,9 +81,9 @@ SETTINGS: list[tuple[list[str], str, Any]] = [
     (["--memory-utilization", "0.25"], "memory_utilization", 0.25),
     (["--kv-cache-memory-bytes", "12345"], "kv_cache_memory_bytes", 12345),
     (["--tensor-parallel-size", "4"], "tensor_parallel_size", 4),
-    (TWO_PROCESSES, "coordinator_address", "10.0.0.1:99"),
-    (TWO_PROCESSES, "num_processes", 2),
-    (TWO_PROCESSES, "process_id", 1),
+    ([*ADDRESS, *TWO, *SPLIT], "coordinator_address", "10.0.0.1:99"),
+    ([*TWO, *ADDRESS, *SPLIT], "num_processes", 2),
+    ([*SECOND, *ADDRESS, *TWO, *SPLIT], "process_id", 1),
     (["--no-enable-prefix-caching"], "enable_prefix_caching", False),
     (["--enable-prefix-caching"], "enable_prefix_caching", True),
     (["--no-enable-chunked-prefill"], "enable_chunked_prefill", False),
