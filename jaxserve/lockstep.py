@@ -52,14 +52,16 @@ OnLoss = Callable[[str], NoReturn]
 
 
 class Hello(msgspec.Struct, frozen=True, tag="hello"):
-    """Process 0's configuration, which all run under, and what its checkpoint says of the model."""
+    """Process 0's configuration, which all run under."""
 
     config: dict[str, Any]
     jax_version: str
 
 
 class Ready(msgspec.Struct, frozen=True, tag="ready"):
-    """A process has loaded and compiled everything."""
+    """A process has loaded and compiled everything. `programs` says of what; it must be what process 0 has."""
+
+    programs: str
 
 
 class Go(msgspec.Struct, frozen=True, tag="go"):
@@ -108,8 +110,15 @@ class Lockstep:
         """The least of the processes' values, to within a MiB."""
         return value
 
-    def start_together(self) -> None:
-        """Wait until all processes have come this far."""
+    def start_together(self, programs: str) -> None:
+        """Wait until all processes have come this far.
+
+        Args:
+            programs: what was compiled, in words that differ where it does.
+
+        Raises:
+            ConfigError: another process has compiled something else.
+        """
 
     def send_table(self, name: str, table: npt.NDArray[Any]) -> None:
         """Tell the others that a slot table is now this one."""
@@ -132,7 +141,7 @@ class Leader(Lockstep):
         super().__init__(config)
         self._on_loss = on_loss
         self._closing = False
-        self._ready: queue.SimpleQueue[int] = queue.SimpleQueue()
+        self._ready: queue.SimpleQueue[tuple[int, str]] = queue.SimpleQueue()
         secret = secrets.token_bytes(SECRET_BYTES)
         host, _ = coordinator(config)
         try:
@@ -156,9 +165,13 @@ class Leader(Lockstep):
     def least(self, value: int) -> int:
         return _least(value)
 
-    def start_together(self) -> None:
+    def start_together(self, programs: str) -> None:
         for _ in self._followers:
-            self._ready.get()  # one that is lost ends this process
+            process_id, theirs = self._ready.get()  # one that is lost ends this process
+            if theirs != programs:
+                raise ConfigError(
+                    f"Process {process_id} has another model: it made {theirs}, process 0 {programs}."
+                )
         self._send_all(Go())
 
     def send_table(self, name: str, table: npt.NDArray[Any]) -> None:
@@ -208,8 +221,9 @@ class Leader(Lockstep):
     def _watch(self, process_id: int, follower: socket.socket) -> None:
         with contextlib.suppress(OSError, EOFError):
             while True:
-                _receive(follower)  # there is nothing to say but Ready
-                self._ready.put(process_id)
+                message = _receive(follower)
+                assert isinstance(message, Ready), "a follower has nothing else to say"
+                self._ready.put((process_id, message.programs))
         if not self._closing:
             self._lose(process_id)
 
@@ -248,8 +262,8 @@ class Follower(Lockstep):
     def least(self, value: int) -> int:
         return _least(value)
 
-    def start_together(self) -> None:
-        _send(self._socket, Ready())
+    def start_together(self, programs: str) -> None:
+        _send(self._socket, Ready(programs))
         self._go.wait()  # if process 0 is lost, this one ends
 
     def frames(self) -> Iterator[Table | Step]:

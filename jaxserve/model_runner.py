@@ -176,7 +176,7 @@ class ModelRunner:
             self._pools = self.devices.zeros(self._abstract_pools(num_blocks))
             self._leaves = loading.result()
             self._programs = {shape: program.result() for shape, program in programs.items()}
-            self._others.start_together()
+            self._others.start_together(f"{self.model_config} {self.limits}")
             for shape in self._programs:
                 # the first run of a program pays for what later ones find ready
                 np.asarray(

@@ -40,21 +40,25 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @contextlib.contextmanager
 def two_processes(
-    model: Path, tokenizer: Path, directory: Path
+    model: Path, tokenizer: Path, directory: Path, other_model: Path | None = None, *, ready: bool = True
 ) -> Iterator[tuple[ServerProcess, subprocess.Popen[bytes]]]:
     """A server whose engine has two devices here and two in a follower. The second start finds its programs."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{probe.getsockname()[1]}"
-    flags = ["--model", str(model), "--tokenizer", str(tokenizer), "--served-model-name", "tiny"]
+    flags = ["--tokenizer", str(tokenizer), "--served-model-name", "tiny"]
     flags += ["--tensor-parallel-size", "4", "--coordinator-address", address, "--num-processes", "2"]
     environment = TWO_DEVICES | {"JAXSERVE_CACHE": str(model.parent / "cache")}
-    command = [sys.executable, "-m", "jaxserve.api", *flags, "--process-id", "1"]
+    command = [sys.executable, "-m", "jaxserve.api", "--model", str(other_model or model), *flags]
     with (directory / "follower.log").open("wb") as log:
-        follower = subprocess.Popen(command, stderr=log, cwd=directory, env=os.environ | environment)
+        follower = subprocess.Popen(
+            [*command, "--process-id", "1"], stderr=log, cwd=directory, env=os.environ | environment
+        )
     limits = [f"--{name.replace('_', '-')}={value}" for name, value in LIMITS.items()]
     try:
-        with running_server(directory / "log", *flags, *limits, **environment) as server:
+        with running_server(
+            directory / "log", "--model", str(model), *flags, *limits, ready=ready, **environment
+        ) as server:
             yield server, follower
     finally:
         follower.kill()
@@ -109,11 +113,13 @@ def test_a_follower_that_dies_takes_the_engine_with_it(
         engine.wait(EXIT_LIMIT_S)
 
 
-def test_an_engine_that_dies_takes_its_followers_with_it(
+def test_processes_with_different_models_end_before_a_step_hangs(
     model: Path, demo_model_path: Path, tmp_path: Path
 ) -> None:
-    with two_processes(model, demo_model_path, tmp_path) as (server, follower):
-        server.engine.kill()
+    other = write_tiny_model(tmp_path / "other", "attention bias")
+    with two_processes(model, demo_model_path, tmp_path, other, ready=False) as (server, follower):
+        assert server.process.wait(EXIT_LIMIT_S) == 2
+        assert "Process 1 has another model" in server.log.read_text().splitlines()[-1]
         assert follower.wait(EXIT_LIMIT_S) == 1
         assert "Process 0 has ended" in (tmp_path / "follower.log").read_text()
 
