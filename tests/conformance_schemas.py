@@ -417,6 +417,189 @@ def all_of() -> Named:
     yield "items", {"type": "array", "maxItems": 3, "allOf": [{"items": {"minimum": 0}}, {"items": DIGIT}]}
 
 
+def combinations() -> Named:
+    """Keywords that have to be seen together."""
+    x = {"type": "object", "properties": {"a": DIGIT}, "required": ["a"]}
+    yield (
+        "a pattern for a property that is described",
+        {
+            "type": "object",
+            "properties": {"x-a": {"minimum": 5}},
+            "patternProperties": {"^x-": DIGIT},
+            "required": ["x-a"],
+            "additionalProperties": False,
+        },
+    )
+    yield (
+        "a pattern that forbids a property",
+        {
+            "type": "object",
+            "properties": {"x-a": DIGIT, "b": DIGIT},
+            "patternProperties": {"^x-": False},
+            "additionalProperties": False,
+        },
+    )
+    yield (
+        "required by a pattern",
+        {
+            "type": "object",
+            "patternProperties": {"^n": DIGIT},
+            "required": ["no"],
+            "additionalProperties": BOOLEAN,
+            "maxProperties": 2,
+        },
+    )
+    yield (
+        "closed beside another's properties",
+        {"allOf": [x, {"properties": {"a": {}, "b": NULL}, "additionalProperties": False}]},
+    )
+    yield (
+        "closed against another's properties",
+        {
+            "allOf": [
+                {"properties": {"b": DIGIT}},
+                {"properties": {"a": DIGIT}, "additionalProperties": False},
+            ],
+            "type": "object",
+        },
+    )
+    yield (
+        "a closed reference and a sibling",
+        {
+            "$defs": {"x": {**x, "additionalProperties": False}},
+            "$ref": "#/$defs/x",
+            "properties": {"a": {"maximum": 3}},
+        },
+    )
+    yield (
+        "additional properties of two",
+        {
+            "type": "object",
+            "allOf": [
+                {"additionalProperties": {"minimum": 3}},
+                {"additionalProperties": {"type": "integer", "maximum": 5}},
+            ],
+            "maxProperties": 2,
+        },
+    )
+    yield "a type and another's enum", {"type": ["integer", "string"], "allOf": [choice(1, "a", None, 2.5)]}
+    yield (
+        "integers among numbers",
+        {"type": "number", "allOf": [{"type": ["integer", "string"]}], "minimum": 0, "maximum": 20},
+    )
+    yield "an enum and a multiple", {"enum": [1, 2, 3, 4, 6, 9, 12], "multipleOf": 3}
+    yield (
+        "two multiples",
+        {"type": "integer", "allOf": [{"multipleOf": 4}, {"multipleOf": 6}], "minimum": 1, "maximum": 100},
+    )
+    yield (
+        "two patterns",
+        {"type": "string", "pattern": "^[abc]+$", "allOf": [{"pattern": "^.b"}], "maxLength": 5},
+    )
+    yield "a format and a length", {"type": "string", "format": "email", "maxLength": 12}
+    yield (
+        "two formats",
+        {"anyOf": [{"type": "string", "format": "ipv4"}, {"type": "string", "format": "ipv6"}]},
+    )
+    yield (
+        "more items than the prefix",
+        {"type": "array", "prefixItems": [NULL, BOOLEAN], "items": DIGIT, "minItems": 3, "maxItems": 4},
+    )
+    yield (
+        "prefixes of two",
+        {
+            "type": "array",
+            "allOf": [
+                {"prefixItems": [DIGIT, {"minimum": 5}]},
+                {"prefixItems": [{"minimum": 3}, DIGIT, BOOLEAN]},
+            ],
+            "maxItems": 3,
+            "minItems": 2,
+        },
+    )
+    yield (
+        "anyOf of lengths and items",
+        {
+            "type": "array",
+            "items": DIGIT,
+            "anyOf": [{"maxItems": 1}, {"minItems": 3, "maxItems": 4, "items": {"minimum": 7}}],
+        },
+    )
+    yield (
+        "alternatives inside a closed object",
+        {
+            "type": "object",
+            "properties": {"kind": choice("a", "b"), "x": DIGIT, "y": BOOLEAN},
+            "required": ["kind"],
+            "additionalProperties": False,
+            "anyOf": [
+                {"properties": {"kind": {"const": "a"}}, "required": ["x"]},
+                {"properties": {"kind": {"const": "b"}, "x": False}, "required": ["y"]},
+            ],
+        },
+    )
+    yield (
+        "a number or its text",
+        {"anyOf": [{"type": "number", "minimum": 0, "maximum": 1}, {"enum": ["0", "1"]}]},
+    )
+    yield "const within anyOf within const", {"const": 2, "anyOf": [{"minimum": 1}, {"type": "string"}]}
+    yield (
+        "required twice",
+        {"allOf": [{"required": ["a"]}, {"required": ["b"]}], **closed({"a": DIGIT, "b": DIGIT}, "a b")},
+    )
+    yield (
+        "null properties",
+        closed({"a": {"const": None}, "b": {"type": "null"}, "c": {"enum": [None, 1]}}, "c"),
+    )
+    yield (
+        "keywords of other types",
+        {"type": "integer", "minimum": 3, "maximum": 4, "minLength": 5, "required": ["x"], "items": False},
+    )
+    yield (
+        "no type but keywords",
+        {
+            "enum": ["ab", 5, [1], {"k": 1}, None],
+            "minLength": 2,
+            "minimum": 5,
+            "minItems": 1,
+            "required": ["k"],
+        },
+    )
+    yield (
+        "one of tagged references",
+        {
+            "$defs": {
+                name: closed({"tag": {"const": name}, name: DIGIT}) for name in ("one", "two", "three")
+            },
+            "oneOf": [{"$ref": f"#/$defs/{name}"} for name in ("one", "two", "three")],
+        },
+    )
+    yield (
+        "one of, tagged from outside",
+        {
+            "type": "object",
+            "properties": {"tag": {"type": "string"}, "v": DIGIT},
+            "required": ["tag", "v"],
+            "additionalProperties": False,
+            "oneOf": [
+                {"properties": {"tag": {"const": "low"}, "v": {"maximum": 4}}},
+                {"properties": {"tag": {"const": "high"}, "v": {"minimum": 5}}},
+            ],
+        },
+    )
+    yield (
+        "recursion through anyOf and arrays",
+        {
+            "$defs": {
+                "v": {
+                    "anyOf": [NULL, array({"$ref": "#/$defs/v"}, 0, 1), closed({"v": {"$ref": "#/$defs/v"}})]
+                }
+            },
+            "$ref": "#/$defs/v",
+        },
+    )
+
+
 def references() -> Named:
     yield "plain", {"$defs": {"d": DIGIT}, "$ref": "#/$defs/d"}
     yield (
@@ -1288,6 +1471,7 @@ FAMILIES: dict[str, Callable[[], Named]] = {
     "anyOf": any_of,
     "oneOf": one_of,
     "allOf": all_of,
+    "combination": combinations,
     "$ref": references,
     "nesting": nesting,
     "old draft": old_drafts,

@@ -20,6 +20,8 @@ from jaxserve.constraints.constraint import CompiledConstraint, Constraint
 from jaxserve.engine import Engine
 from jaxserve.errors import RequestError
 from jaxserve.messages import AddRequest, SequenceOutput
+from tests.conformance import all_cases
+from tests.conformance import generate as generate_cases
 from tests.tiny_llama import BASE
 
 SCHEMA = {
@@ -119,6 +121,16 @@ def test_the_text_is_valid_whatever_else_is_asked_for_all_in_one_batch(llm: LLM,
         assert set(ends) == {"stop"}, name
         for text in found.values():
             assert is_valid(kind, text), (name, text)
+
+
+def test_texts_of_every_tenth_conformance_case_satisfy_their_constraint(llm: LLM) -> None:
+    """scripts/check_structured_output takes all of them."""
+    cases = all_cases()[::10]
+    outcomes = generate_cases(llm, cases, [[5, 6, 7, 8]] * len(cases), seeds=1, max_tokens=120)
+    assert [
+        (outcome.case.name, outcome.text, outcome.violation) for outcome in outcomes if outcome.violation
+    ] == []
+    assert sum(outcome.cut for outcome in outcomes) < len(cases) / 5
 
 
 def test_the_unconstrained_get_the_same_beside_constrained_ones(llm: LLM) -> None:

@@ -144,6 +144,11 @@ def test_every_text_is_valid_under_the_schema(schema: dict[str, Any]) -> None:
             ['"2024-02-29"', '"2000-02-29"'],
             ['"2023-02-29"', '"1900-02-29"'],
         ),
+        (
+            {"type": "string", "format": "hostname"},
+            ['"a.b-c.d"', f'"{".".join(["a" * 62] * 4)}.b"'],
+            ['"a..b"', '"-a"', f'"{"a" * 64}"', f'"{".".join(["a" * 62] * 4)}.bb"'],
+        ),
         ({"type": "string"}, ['"é😀\\n\\u0001"', '""'], ['"\n"', "x"]),
         ({"type": "string", "minLength": 2, "maxLength": 2}, ['"é😀"', '"\\n\\""'], ['"é"']),
     ],

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import os
 import signal
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import psutil
 import pytest
@@ -18,11 +16,10 @@ from jaxserve.constraints import worker as worker_module
 from jaxserve.constraints.constraint import Constraint
 from jaxserve.constraints.worker import ConstraintWorker
 from jaxserve.errors import RequestError
+from tests.hostile_constraints import HOSTILE, SLOW, schema
 from tests.tiny_tokenizers import backend_of
 
 CHOICE = Constraint(kind="choice", text='["positive", "negative"]')
-# it takes the library minutes
-SLOW = Constraint(kind="grammar", text="start: " + '("a"|"b"?)*' * 4000)
 
 
 @pytest.fixture
@@ -47,44 +44,12 @@ async def worker(make_worker: Callable[[str], ConstraintWorker]) -> ConstraintWo
     return worker
 
 
-def schema(value: Any) -> Constraint:
-    return Constraint(kind="json_schema", text=json.dumps(value))
-
-
 async def refusal(worker: ConstraintWorker, constraint: Constraint) -> RequestError:
     with pytest.raises(RequestError) as caught:
         await worker.compile(constraint, param="guided_json")
     assert caught.value.param == "guided_json"
     assert len(str(caught.value)) < 600
     return caught.value
-
-
-HOSTILE = {
-    "a chain of 5,000 rules": Constraint(
-        kind="grammar", text="\n".join(f"a{i}:a{i + 1}" for i in range(5000)) + '\na5000:"z"\nstart:a0'
-    ),
-    "a grammar without end": Constraint(kind="grammar", text='start: "a" start'),
-    "a slow grammar": SLOW,
-    "1,000 optional properties": schema({"properties": {f"p{i}": {} for i in range(1000)}}),
-    "minItems": schema({"type": "array", "minItems": 10**6}),
-    "multipleOf": schema({"type": "number", "multipleOf": 1e8}),
-    "several multipleOf": schema(
-        {"allOf": [{"type": "integer", "multipleOf": n} for n in (9973, 9967, 9949)]}
-    ),
-    "maxLength": schema({"type": "string", "maxLength": 10**5}),
-    "$ref to itself": schema({"$ref": "#"}),
-    "a cycle of $ref": schema(
-        {"$defs": {"a": {"$ref": "#/$defs/b"}, "b": {"$ref": "#/$defs/a"}}, "$ref": "#/$defs/a"}
-    ),
-    "allOf of anyOf": schema(
-        {"allOf": [{"anyOf": [{"properties": {f"{i}{j}": False}} for j in range(8)]} for i in range(12)]}
-    ),
-    "1,000 patterns": schema({"patternProperties": {f"^{i}_": {} for i in range(1000)}}),
-    "nesting": Constraint(kind="json_schema", text='{"items":' * 6000 + "{}" + "}" * 6000),
-    "a regex of nested bounds": Constraint(kind="regex", text="((((a{99}){99}){99}){99}){99}"),
-    "NUL": Constraint(kind="regex", text="a\0b"),
-    "too long": Constraint(kind="regex", text="x" * 4097),
-}
 
 
 @pytest.mark.parametrize("name", HOSTILE)

@@ -14,6 +14,8 @@ import openai
 import pydantic
 import pytest
 
+from tests.hostile_constraints import HOSTILE
+from tests.hostile_streams import observe
 from tests.server_process import ServerProcess, running_server
 
 pytestmark = pytest.mark.model
@@ -299,3 +301,13 @@ async def test_constrained_and_free_requests_at_once_all_end(server: ServerProce
             if kind == 2:
                 assert re.fullmatch(r"\d{8}", choice.message.content)
     server.wait_until_idle()
+
+
+async def test_hostile_constraints_are_refused_soon_while_streams_go_on(server: ServerProcess) -> None:
+    """scripts/bench_hostile_constraints.py measures what the streams notice."""
+    seen = await observe(server.url, MODEL, HOSTILE, num_streams=8, max_tokens=490)
+    assert [refusal.name for refusal in seen.refusals] == list(HOSTILE)
+    assert {refusal.status for refusal in seen.refusals} == {400}
+    assert {refusal.code for refusal in seen.refusals} <= {"invalid_constraint", "constraint_too_complex"}
+    assert max(refusal.seconds for refusal in seen.refusals) < 3
+    assert min(seen.tokens) > 30

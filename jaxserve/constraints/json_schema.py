@@ -42,6 +42,7 @@ _TIME = (
     "(?:[01][0-9]|2[0-3]):[0-5][0-9]:[0-5][0-9](?:\\.[0-9]{1,9})?(?:Z|[+-](?:[01][0-9]|2[0-3]):[0-5][0-9])"
 )
 PATTERN_OF_FORMAT = {"date": f"^{_DATE}$", "time": f"^{_TIME}$", "date-time": f"^{_DATE}T{_TIME}$"}
+MAX_HOSTNAME_LENGTH = 253  # RFC 1123 counts the dots; libraries know only how long a label may be
 FORMATS = ("date", "time", "date-time", "uuid", "ipv4", "ipv6", "email", "hostname", "uri")
 NUMBERS = ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf")
 COUNTS = ("minLength", "maxLength", "minItems", "maxItems", "minProperties", "maxProperties")
@@ -213,6 +214,8 @@ class _Normalizer:
             result.setdefault("allOf", []).append({"pattern": PATTERN_OF_FORMAT[value]})
         else:
             result["format"] = value
+        if value == "hostname":
+            result.setdefault("allOf", []).append({"maxLength": MAX_HOSTNAME_LENGTH})
 
     @staticmethod
     def _exclusive_limits(schema: dict[str, Any], result: dict[str, Any], path: str) -> None:
