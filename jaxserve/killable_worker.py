@@ -19,11 +19,14 @@ import logging
 import math
 import os
 import resource
+import select
 import signal
 import socket
 import subprocess
 import sys
 import threading
+import time
+from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,6 +40,9 @@ MAX_RUNNING = 16  # children at once, so that ten that use up their time do not 
 MAX_QUEUE_S = 1.5  # a job that cannot start by then is refused
 GRACE_S = 1.5  # for the way there and back; and for the worker's own start, which the first job may meet
 NICENESS = 10  # whatever a job computes, the model comes first
+# A job that takes longer runs only where nobody else would: a nice process, too, keeps its core for some milliseconds
+# each time, while the model's other threads wait for the one that should run there.
+SHORT_S = 0.1
 PASSED_ON = ("PATH", "LD_LIBRARY_PATH", "PYTHONPATH", "TZ", "LANG", "LC_ALL", "LC_TIME")
 DONE, OUT_OF_MEMORY, TOO_MUCH_OUTPUT = b"\x00", b"\x01", b"\x02"  # how an answer begins
 
@@ -189,13 +195,29 @@ def serve_jobs(handle: Callable[[bytes], bytes], limits: JobLimits, control: soc
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the system itself buries the children
     libc = ctypes.CDLL(None)
     gc.freeze()  # what is shared with the children stays so
+    young: deque[tuple[float, int]] = deque()  # children that are not to be slowed down yet, and until when
     while True:
+        _slow_down_the_old(young)
+        wait_s = max(0.0, young[0][0] - time.monotonic()) if young else None
+        if not select.select([control], [], [], wait_s)[0]:
+            continue
         data, descriptors, _, _ = socket.recv_fds(control, 1, 1)
         if not data:
             return
         for descriptor in descriptors:
             with socket.socket(fileno=descriptor) as connection:
-                _fork(handle, limits, connection, control, libc)
+                child = _fork(handle, limits, connection, control, libc)
+            if child is not None:
+                young.append((time.monotonic() + SHORT_S, child))
+
+
+def _slow_down_the_old(young: deque[tuple[float, int]]) -> None:
+    """Done from here, because a child that computes inside a library hears nothing."""
+    while young and young[0][0] <= time.monotonic():
+        _, child = young.popleft()
+        if sys.platform == "linux":
+            with contextlib.suppress(ProcessLookupError):  # it is done
+                os.sched_setscheduler(child, os.SCHED_IDLE, os.sched_param(0))
 
 
 def _fork(
@@ -204,12 +226,14 @@ def _fork(
     connection: socket.socket,
     control: socket.socket,
     libc: ctypes.CDLL,
-) -> None:
+) -> int | None:
+    """The child that does the job; None if there could be none."""
     try:
-        if os.fork():
-            return
+        child = os.fork()
     except OSError:
-        return  # the end of its socket tells the caller
+        return None  # the end of its socket tells the caller
+    if child:
+        return child
     status = 1
     try:
         _limit_this_process(limits, libc)

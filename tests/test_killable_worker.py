@@ -136,6 +136,13 @@ async def test_no_secret_reaches_a_worker(worker: KillableWorker, monkeypatch: p
     assert environment["TZ"] == "Asia/Tokyo"  # templates tell the time
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems have no such policy")
+async def test_only_jobs_that_take_long_are_slowed_down(worker: KillableWorker) -> None:
+    assert await worker.run(b"idle 0") == b"False"
+    long, short = worker.run(b"idle 0.3"), worker.run(b"idle 0")
+    assert await asyncio.gather(long, short) == [b"True", b"False"]
+
+
 async def test_jobs_are_nicer_than_the_server(worker: KillableWorker) -> None:
     assert int(await worker.run(b"nice")) > os.nice(0)
 
