@@ -326,7 +326,9 @@ class LogitBias(Kind):
             raise wrong_type(at, self.expected, value)
         for key, bias in value.items():
             if type(bias) is not int and type(bias) is not float:
-                raise wrong_type(f"{at}.{key[:20]}", "a number", bias)
+                error = wrong_type(f"{at}.{key[:20]}", "a number", bias)
+                error.param = at
+                raise error
         return value
 
     def check(self, value: dict[str, int | float], at: str) -> None:

@@ -160,6 +160,7 @@ def _prompt_token(token_id: int, entry: TopLogprobs, k: int, tokenizer: Tokenize
             "decoded_token": tokenizer.token_str(member),
         }
 
+    assert entry.rank is not None, "it is not known in beams alone"
     members = {str(token_id): described(token_id, entry.logprob, entry.rank)}
     rank = 1
     for place, (top_id, logprob) in enumerate(zip(entry.top_ids[:k], entry.top_logprobs, strict=False)):

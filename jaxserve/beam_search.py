@@ -186,7 +186,7 @@ class BeamSearch:
         assert parent.candidates.top is not None
         top = parent.candidates.top
         logprob = float(parent.candidates.logprobs[continuation.rank])
-        own = TopLogprobs(logprob, 0, top.top_ids, top.top_logprobs)
+        own = TopLogprobs(logprob, _rank(continuation.token_id, top), top.top_ids, top.top_logprobs)
         return [*parent.logprobs, own]
 
     def _score(self, sum_logprobs: float, length: int) -> float:
@@ -206,3 +206,11 @@ class BeamSearch:
         if self._params.early_stopping == "never" and self._params.length_penalty > 0:
             attainable = self._max_tokens
         return self._score(best_sum, attainable) <= self._finished[-1].score
+
+
+def _rank(token_id: int, top: TopLogprobs) -> int | None:
+    """1 + the number of likelier tokens, as far as the most likely ones tell."""
+    if token_id not in top.top_ids:
+        return None
+    own = top.top_logprobs[top.top_ids.index(token_id)]
+    return 1 + sum(logprob > own for logprob in top.top_logprobs)

@@ -67,7 +67,9 @@ class TopLogprobs(msgspec.Struct, frozen=True, array_like=True):
     """Natural-log probabilities at one position."""
 
     logprob: float  # of the token that is there
-    rank: int  # 1 + number of strictly likelier tokens; 0 in beams: not known
+    rank: (
+        int | None
+    )  # 1 + number of strictly likelier tokens; None: not known, of beams' tokens outside of top_ids
     top_ids: list[int]  # the k most likely, descending
     top_logprobs: list[float]
 

@@ -445,10 +445,14 @@ def _resolve_dtype(config: EngineConfig, model: ModelConfig, platform: str) -> j
 def _resolve_max_model_len(config: EngineConfig, model: ModelConfig) -> int:
     if config.max_model_len is None:
         return model.max_position_embeddings
-    if config.max_model_len > model.max_position_embeddings:
+    longest = model.longest_context
+    if config.max_model_len > longest:
+        stretched = (
+            " and its rope scaling together allow" if longest > model.max_position_embeddings else " allows"
+        )
         raise ConfigError(
-            f"--max-model-len {config.max_model_len:,} is more than the {model.max_position_embeddings:,} positions "
-            "that the model was trained for."
+            f"--max-model-len {config.max_model_len:,} is more than the {longest:,} positions that the model's "
+            f"training{stretched}."
         )
     return config.max_model_len
 

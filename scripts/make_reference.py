@@ -19,10 +19,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
-from tests.tiny_llama import VARIANTS, write_tiny_model  # noqa: E402
+from tests.tiny_llama import BASE, VARIANTS, write_tiny_model  # noqa: E402
 
 DATA = ROOT / "tests" / "data"
 NUM_GREEDY = 64
+LONG_STRIDE = 32  # of the positions of long prompts whose logits are stored
 STRIDE = 97  # of the vocabulary ids whose logits are stored at every position
 
 LONG = "The history of computing is longer than that of the electronic computer. " * 40
@@ -134,8 +135,23 @@ def tiny_models() -> None:
     np.savez_compressed(DATA / "tiny_llama.npz", **arrays)
 
 
+def stretched_model() -> None:
+    """A prompt of twice the trained length, which dynamic scaling by a factor of 2 allows."""
+    prompt = np.random.RandomState(11).randint(3, 320, 2 * BASE["max_position_embeddings"])
+    with tempfile.TemporaryDirectory() as directory:
+        path = write_tiny_model(Path(directory), "rope dynamic")
+        model = AutoModelForCausalLM.from_pretrained(
+            str(path), dtype=torch.float32, attn_implementation="eager"
+        ).eval()
+    with torch.no_grad():
+        logits = model(torch.tensor(prompt[None])).logits[0].float().numpy()
+    logits = logits[LONG_STRIDE - 1 :: LONG_STRIDE]
+    np.savez_compressed(DATA / "long_rope.npz", prompt=prompt.astype(np.int32), logits=logits)
+
+
 if __name__ == "__main__":
     DATA.mkdir(exist_ok=True)
     tiny_models()
+    stretched_model()
     if len(sys.argv) > 1:
         demo_model(Path(sys.argv[1]).resolve())

@@ -172,6 +172,9 @@ def test_top_logprobs_are_those_of_greedy_steps_through_the_same_tokens(llm: LLM
             normalizer = float(np.logaddexp.reduce(row))
             assert entry.top_ids == order.tolist()
             assert entry.top_logprobs == pytest.approx((row[order] - normalizer).tolist(), abs=1e-4)
+            token = output.token_ids[position - len(case["prompt"])]
+            rank = 1 + int((row > row[token]).sum())
+            assert entry.rank == (rank if token in entry.top_ids else None)
             assert entry.logprob == pytest.approx(row[tokens[position]] - normalizer, abs=1e-4)
 
 

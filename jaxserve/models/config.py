@@ -94,6 +94,18 @@ class ModelConfig:
                 f"{len(factors)} rotary frequency factors for a head_dim of {self.head_dim}: half as many are needed."
             )
 
+    @property
+    def longest_context(self) -> int:
+        """Positions for which the model's rotary embedding is made: `max_position_embeddings`, which linear, dynamic
+        and yarn scaling stretch by their factor (yarn from the original length, which may be shorter)."""
+        rope, trained = self.rope, self.max_position_embeddings
+        match rope.rope_type:
+            case "linear" | "dynamic":
+                return max(trained, int(trained * rope.factor))
+            case "yarn":
+                return max(trained, int(rope.original_max_position_embeddings * rope.factor))
+        return trained
+
     @classmethod
     def from_hf(cls, config: Mapping[str, Any], *, default_dtype: str = "float32") -> ModelConfig:
         """From a Hugging Face `config.json`.

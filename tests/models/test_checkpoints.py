@@ -195,15 +195,26 @@ def test_a_wrong_tensor_is_named(change: dict[str, Any], said: str, tmp_path: Pa
         place_all(tmp_path)
 
 
-def test_a_tied_models_own_head_and_computed_buffers_are_passed_over(tmp_path: Path) -> None:
+def test_a_tied_models_copy_of_its_embedding_and_computed_buffers_are_passed_over(tmp_path: Path) -> None:
     write_tiny_model(tmp_path)
     weights = tiny_weights(tiny_config("gqa 2"))
     weights |= {
-        "lm_head.weight": np.zeros((320, 64), np.float32),
+        "lm_head.weight": weights["model.embed_tokens.weight"],
         "model.layers.0.self_attn.rotary_emb.inv_freq": np.zeros(8, np.float32),
     }
     save_file(weights, str(tmp_path / "model.safetensors"))
     assert "lm_head.weight" not in place_all(tmp_path)
+
+
+@pytest.mark.parametrize("shape", [(320, 64), (319, 64)])
+def test_a_tied_model_with_an_output_matrix_of_its_own_is_refused(
+    shape: tuple[int, ...], tmp_path: Path
+) -> None:
+    write_tiny_model(tmp_path)
+    weights = tiny_weights(tiny_config("gqa 2")) | {"lm_head.weight": np.zeros(shape, np.float32)}
+    save_file(weights, str(tmp_path / "model.safetensors"))
+    with pytest.raises(ModelLoadError, match="tie_word_embeddings, but the checkpoint's lm_head"):
+        place_all(tmp_path)
 
 
 @pytest.mark.parametrize("keep", [0, 4, 20, 600, 0.5, 0.99])

@@ -217,3 +217,22 @@ def test_a_gguf_value_that_cannot_be_is_named(change: dict[str, Any], said: str)
 def test_rotary_frequency_factors_are_checked(factors: tuple[float, ...]) -> None:
     with pytest.raises(ModelLoadError, match="rotary frequency factors"):
         ModelConfig.from_gguf(GGUF, tied=True, frequency_factors=factors)
+
+
+@pytest.mark.parametrize(
+    ("scaling", "longest"),
+    [
+        (None, 4096),
+        ({"rope_type": "linear", "factor": 2.5}, 10240),
+        ({"rope_type": "linear", "factor": 0.5}, 4096),
+        ({"rope_type": "dynamic", "factor": 2.0}, 8192),
+        ({"rope_type": "yarn", "factor": 4.0}, 16384),
+        ({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 1024}, 4096),
+        (LLAMA3 | {"original_max_position_embeddings": 1024}, 4096),
+    ],
+)
+def test_a_scaling_factor_stretches_the_context_that_can_be_served(
+    scaling: dict[str, Any] | None, longest: int
+) -> None:
+    config = ModelConfig.from_hf(LLAMA | {"max_position_embeddings": 4096, "rope_scaling": scaling})
+    assert config.longest_context == longest

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import pytest
 
 from jaxserve.config import EngineConfig
 from jaxserve.engine import Engine
+from jaxserve.errors import ConfigError
 from jaxserve.messages import AddRequest
 from jaxserve.model_runner import ModelRunner
 from jaxserve.sampling_params import SamplingParams
@@ -49,6 +51,23 @@ def test_every_variant_of_the_configuration_equals_transformers(variant: str, tm
     np.testing.assert_allclose(logits, stored[f"{variant}/logits"], atol=2e-4)
     sequences = [stored[f"{variant}/greedy_{i}"].tolist() for i in range(3)]
     assert greedy(runner, [s[:-24] for s in sequences], 24) == [s[-24:] for s in sequences]
+
+
+def test_positions_up_to_the_scaled_length_equal_transformers_and_no_more_are_served(tmp_path: Path) -> None:
+    stored = np.load(DATA / "long_rope.npz")
+    path = write_tiny_model(tmp_path / "model", "rope dynamic")
+    config = EngineConfig(
+        model=str(path),
+        dtype="float32",
+        max_model_len=512,
+        max_num_seqs=1,
+        max_num_batched_tokens=8,
+        kv_cache_memory_bytes=4 << 20,
+    )
+    logits = ModelRunner(config).prompt_logits(stored["prompt"].tolist())
+    np.testing.assert_allclose(logits[31::32], stored["logits"], atol=5e-4)
+    with pytest.raises(ConfigError, match="513 is more than the 512 positions"):
+        ModelRunner(dataclasses.replace(config, max_model_len=513))
 
 
 @pytest.fixture(scope="module")

@@ -18,6 +18,7 @@ Array = npt.NDArray[Any]
 
 # Buffers that old exporters saved although they are computed, not learned
 IGNORED_SUFFIXES = ("rotary_emb.inv_freq", "attn.masked_bias")
+HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 ALIGNMENT = 64  # bytes: XLA:CPU takes an array that begins at a multiple of it as it is, without a copy
 
 
@@ -83,6 +84,8 @@ def load_params(
             one is named.
     """
     ignored = _check_tensors(checkpoint, shards[0])
+    if HEAD in ignored:
+        _check_tie(checkpoint, dtype)
     remaining = Counter(slot.param for slot in shards[0].values())
     buffers: dict[str, list[Array]] = {}
     placed: list[dict[str, T]] = [{} for _ in shards]
@@ -127,6 +130,23 @@ def _read(checkpoint: Checkpoint, name: str, out: Array) -> None:
         raise ModelLoadError(f"The tensor {name} has values beyond float16's range: use --dtype bfloat16.")
 
 
+def _check_tie(checkpoint: Checkpoint, dtype: np.dtype[Any]) -> None:
+    """Raise unless the output matrix that a tied model's checkpoint brings is its embedding: there would be no telling
+    which of the two was meant."""
+    shapes = checkpoint.shapes()
+    equal = shapes[HEAD] == shapes[EMBEDDING]
+    if equal:
+        head, embedding = _zeros(shapes[HEAD], dtype), _zeros(shapes[HEAD], dtype)
+        _read(checkpoint, HEAD, head)
+        _read(checkpoint, EMBEDDING, embedding)
+        equal = bool(np.array_equal(head, embedding))
+    if not equal:
+        raise ModelLoadError(
+            f"config.json says tie_word_embeddings, but the checkpoint's {HEAD} is not its {EMBEDDING}: "
+            "set tie_word_embeddings to false, or take one of the two out."
+        )
+
+
 def _zeros(shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
     """Zeros whose data begin at a multiple of ALIGNMENT, which numpy's own do not."""
     num_bytes = math.prod(shape) * dtype.itemsize
@@ -143,9 +163,7 @@ def _check_tensors(checkpoint: Checkpoint, slots: Mapping[str, TensorSlot]) -> s
         raise ModelLoadError(f"The checkpoint lacks {_first(missing)}.")
     ignored = {name for name in found if name.endswith(IGNORED_SUFFIXES)}
     if checkpoint.config.tie_word_embeddings:
-        ignored.add(
-            "lm_head.weight"
-        )  # the config decides: the embedding is the head, whatever a copy of it says
+        ignored.add(HEAD)  # a copy of the embedding, which `_check_tie` makes sure of
     surplus = [name for name in found if name not in slots and name not in ignored]
     if surplus:
         raise ModelLoadError(
