@@ -116,6 +116,7 @@ def make_parser() -> argparse.ArgumentParser:
     engine.add_argument("--process-id", type=_int, help="which one this is; 0 serves, the others follow it")
     engine.add_argument("--enable-prefix-caching", action=argparse.BooleanOptionalAction)
     engine.add_argument("--enable-chunked-prefill", action=argparse.BooleanOptionalAction)
+    engine.add_argument("--async-scheduling", action=argparse.BooleanOptionalAction)
     later = parser.add_argument_group("of later versions: refused unless neutral")
     for flag, neutral in NOT_YET.items():
         later.add_argument(flag, type=_neutral(flag, neutral))

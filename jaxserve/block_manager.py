@@ -95,6 +95,7 @@ class BlockManager:
             sequence.block_table.append(block)
         num_cached = len(sequence.block_table) * self.block_size
         sequence.num_computed_tokens = num_cached
+        sequence.num_published_blocks = len(sequence.block_table)
         return num_cached
 
     def count_lookup(self, num_tokens: int, num_hits: int) -> None:
@@ -103,13 +104,14 @@ class BlockManager:
             self.num_lookup_tokens += num_tokens
             self.num_hit_tokens += num_hits
 
-    def publish_full_blocks(self, sequence: Sequence, num_computed_before: int) -> None:
-        """Make the blocks that `sequence` has filled since `num_computed_before` tokens findable by others."""
-        if not self._caching:
+    def publish_full_blocks(self, sequence: Sequence) -> None:
+        """Make the blocks that `sequence` has filled with tokens that are known findable by others. A step under way
+        may still have to write them: whoever finds them reads them in a later one."""
+        num_known = min(sequence.num_computed_tokens, len(sequence))
+        if not self._caching or num_known < (sequence.num_published_blocks + 1) * self.block_size:
             return
-        for i in range(
-            num_computed_before // self.block_size, sequence.num_computed_tokens // self.block_size
-        ):
+        first, sequence.num_published_blocks = sequence.num_published_blocks, num_known // self.block_size
+        for i in range(first, sequence.num_published_blocks):
             block = sequence.block_table[i]
             block_hash = sequence.block_hash(i, self.block_size)
             if block not in self._hash_of_block and block_hash not in self._block_of_hash:
@@ -122,15 +124,21 @@ class BlockManager:
         child.block_hashes = list(parent.block_hashes)
         child.num_cached_tokens = parent.num_cached_tokens
         child.num_computed_tokens = parent.num_computed_tokens
+        child.num_published_blocks = parent.num_published_blocks
         for block in child.block_table:
             self._reference(block)
 
     def free(self, sequence: Sequence) -> None:
-        """Take back all blocks of `sequence`. The tail is freed first, so that it is also evicted first."""
+        """Take back all blocks of `sequence`. The tail is freed first, so that it is also evicted first.
+
+        A step under way may still read and write them: whoever gets them writes in a later one, and steps run in
+        order.
+        """
+        self.publish_full_blocks(sequence)
         for block in reversed(sequence.block_table):
             self._release(block)
         sequence.block_table = []
-        sequence.num_computed_tokens = 0
+        sequence.num_computed_tokens = sequence.num_published_blocks = 0
 
     def check_integrity(self, sequences: Iterable[Sequence]) -> None:
         """Verify the invariants against all sequences that hold blocks.

@@ -39,6 +39,7 @@ class EngineConfig:
         kv_cache_memory_bytes: size of the KV pool, on each device; overrides memory_utilization.
         enable_prefix_caching: reuse the KV blocks of equal prompt prefixes.
         enable_chunked_prefill: compute a long prompt in several steps.
+        async_scheduling: give the device its next step before the host knows what the last one sampled.
         seed: seeds requests that bring no seed.
         max_logprobs: the most top logprobs a request may ask for.
         logprobs_mode: of the logits as they are, or of the distribution that was sampled from.
@@ -62,6 +63,7 @@ class EngineConfig:
     kv_cache_memory_bytes: int | None = None
     enable_prefix_caching: bool = True
     enable_chunked_prefill: bool = True
+    async_scheduling: bool | None = None
     seed: int = 0
     max_logprobs: int = 20
     logprobs_mode: LogprobsMode = "raw"
@@ -120,6 +122,7 @@ class SchedulerConfig:
         max_num_batched_tokens: token budget of one step.
         block_size: tokens of one KV block.
         num_blocks: KV blocks in the pool; block 0 is the null block that padding writes to, never handed out.
+        async_scheduling: decide a step before the results of the one before it are there.
     """
 
     max_model_len: int
@@ -129,6 +132,7 @@ class SchedulerConfig:
     num_blocks: int
     enable_prefix_caching: bool = True
     enable_chunked_prefill: bool = True
+    async_scheduling: bool = True
 
     def __post_init__(self) -> None:
         usable_tokens = (self.num_blocks - 1) * self.block_size

@@ -1,11 +1,14 @@
-"""The engine: schedule → run → update → outputs. In-process, single-threaded, without sockets or text."""
+"""The engine: schedule → run → update → outputs, one step ahead of the device. In-process and
+single-threaded, without sockets or text."""
 
 from __future__ import annotations
 
 import itertools
 import random
 import time
+from collections import deque
 from collections.abc import Callable
+from typing import NamedTuple
 
 from jaxserve.beam_search import Candidates
 from jaxserve.beams import Beams
@@ -27,14 +30,23 @@ from jaxserve.messages import (
 from jaxserve.model_runner import ModelRunner, StepResult
 from jaxserve.sampler import NO_TOKEN
 from jaxserve.sampling_params import INT64_MAX
-from jaxserve.scheduler import Scheduler, StepPlan
+from jaxserve.scheduler import ScheduledRow, Scheduler, StepPlan
 from jaxserve.sequence import Sequence
 from jaxserve.slot_tables import MAX_EOS_TOKEN_IDS
 from jaxserve.tokenizer import Tokenizer
 
+MIN_SHARE_AHEAD = 4  # of so many sequences one may sit out a step that is begun before its token is known
+
+
+class StepUnderWay(NamedTuple):
+    """What the device has been given."""
+
+    plan: StepPlan
+    result: StepResult
+
 
 class Engine:
-    """Owns the live sequences; `step` moves all of them forward.
+    """Owns the live sequences and the steps under way; `step` moves all of them forward.
 
     Args:
         limits: what to schedule under; the model runner's own if None.
@@ -57,6 +69,7 @@ class Engine:
         self.block_manager = BlockManager(self.limits)
         self.scheduler = Scheduler(self.limits, self.block_manager)
         self._requests: dict[str, list[Sequence]] = {}
+        self._under_way: deque[StepUnderWay] = deque()
         self._beams = Beams(self.scheduler)
         self._order = itertools.count()
         self._seeds = random.Random(seed)
@@ -122,10 +135,10 @@ class Engine:
                 self._abort(sequence)
 
     def step(self) -> StepOutputs:
-        """Compute one step for all that can run."""
+        """Give the device what it can compute next, then wait for the oldest step that it has."""
         started = time.monotonic()
-        plan = self.scheduler.schedule()
-        result = self.model_runner.run(plan)
+        self._run_ahead()
+        plan, result = self._under_way.popleft()
         outputs = self._update(plan, result)
         self._last_step_s, self._last_num_tokens = time.monotonic() - started, plan.num_tokens
         return StepOutputs(outputs=outputs, stats=self.stats())
@@ -159,26 +172,47 @@ class Engine:
             summary=[runner.describe_kv_cache()],
         )
 
+    def _run_ahead(self) -> None:
+        """Begin steps until the device has one more than it computes, or none can begin before results are there."""
+        while self._under_way and not self._under_way[0].plan.is_wanted:
+            self._under_way.popleft()
+        depth = 2 if self.limits.async_scheduling else 1
+        while len(self._under_way) < depth and not (
+            self._under_way and self._must_wait(self._under_way[-1].plan)
+        ):
+            plan = self.scheduler.schedule()
+            if not plan.rows:
+                return
+            self._under_way.append(StepUnderWay(plan, self.model_runner.run(plan)))
+
+    @staticmethod
+    def _must_wait(plan: StepPlan) -> bool:
+        """Sequences whose next mask depends on this step's tokens sit out the next one if it begins at once, and run
+        only every other step: a few may, so that all others need not wait for the host."""
+        return plan.num_held * MIN_SHARE_AHEAD > len(plan.rows)
+
     # --- one step's aftermath -------------------------------------------------------------------------------
 
     def _update(self, plan: StepPlan, result: StepResult) -> list[SequenceOutput]:
-        sampled = {row.sequence for row in plan.rows if row.samples}
+        """Who has ended in the meantime (aborted, or by the token before) is passed over."""
         outputs = [
             SequenceOutput(
                 s.request_id, s.index, [], num_cached_tokens=s.num_cached_tokens, scheduled_at=s.scheduled_at
             )
             for s in plan.first_scheduled
+            if s.finish_reason is None
         ]
         rated = self._rate_prompts(plan, result)
         for index, row in enumerate(plan.rows):
             sequence = row.sequence
-            self.scheduler.mark_computed(row)
+            if sequence.finish_reason is not None:
+                continue
             if sequence in rated:
                 outputs.append(
                     SequenceOutput(sequence.request_id, sequence.index, [], prompt_logprobs=rated[sequence])
                 )
-            if sequence not in sampled:
-                outputs += self._finish_prompt(sequence)
+            if not row.samples:
+                outputs += self._finish_prompt(row)
             elif sequence.params.use_beam_search:
                 outputs += self._advance_beam(sequence, result.candidates(index, sequence.params))
             else:
@@ -195,12 +229,12 @@ class Engine:
             if first < end and count is not None:
                 rated[row.sequence] = [result.prompt_logprobs(offset + i, count) for i in range(end - first)]
                 offset += end - first
-                row.sequence.num_rated_tokens = end + 1
         return rated
 
-    def _finish_prompt(self, sequence: Sequence) -> list[SequenceOutput]:
+    def _finish_prompt(self, row: ScheduledRow) -> list[SequenceOutput]:
         """A request for nothing but its prompt's logprobs ends with the prompt."""
-        if sequence.params.max_tokens > 0 or sequence.num_uncomputed_tokens > 0:
+        sequence = row.sequence
+        if sequence.params.max_tokens > 0 or row.end < sequence.num_prompt_tokens:
             return []
         sequence.finish("length")
         return [self._end(sequence)]

@@ -53,21 +53,27 @@ class PlatformDefaults(NamedTuple):
     smallest_mixed_bucket: (
         int | None
     )  # below, programs are for decoding alone; None: every program takes everything
+    async_scheduling: bool
 
 
 # a lone sequence is worth a program of its own on a CPU, where every row costs
-PLATFORM_DEFAULTS = {"cpu": PlatformDefaults(64, 256, 16, (1, 8), None)}
-ACCELERATOR_DEFAULTS = PlatformDefaults(256, 2048, 32, (16,), 256)
+PLATFORM_DEFAULTS = {"cpu": PlatformDefaults(64, 256, 16, (1, 8), None, async_scheduling=True)}
+ACCELERATOR_DEFAULTS = PlatformDefaults(256, 2048, 32, (16,), 256, async_scheduling=True)
 
 
 class StepResult:
-    """What a step computed, on the host: row r belongs to `plan.rows[r]`. What few ask for is fetched when it is."""
+    """What a step computes: row r belongs to `plan.rows[r]`. Whoever asks first waits for the step to end; what few
+    ask for is fetched when it is."""
 
     def __init__(self, outputs: StepOutputs, config: EngineConfig) -> None:
-        self._sampled = np.asarray(outputs.sampled)
+        outputs.sampled.copy_to_host_async()
         self._outputs = outputs
         self._max_logprobs = config.max_logprobs
         self._processed = config.logprobs_mode == "processed"
+
+    @cached_property
+    def _sampled(self) -> npt.NDArray[np.int32]:
+        return np.asarray(self._outputs.sampled)
 
     @cached_property
     def _candidates(self) -> npt.NDArray[np.int32]:
@@ -134,6 +140,9 @@ class ModelRunner:
         self.max_model_len = _resolve_max_model_len(config, self.model_config)
         defaults = PLATFORM_DEFAULTS.get(self.platform, ACCELERATOR_DEFAULTS)
         self._max_num_seqs = config.max_num_seqs or defaults.max_num_seqs
+        self._max_num_rows = _round_up(self._max_num_seqs, ROW_MULTIPLE)
+        ahead = config.async_scheduling
+        self._async_scheduling = defaults.async_scheduling if ahead is None else ahead
         chunk = defaults.max_num_batched_tokens if config.enable_chunked_prefill else self.max_model_len
         max_num_batched_tokens = config.max_num_batched_tokens or chunk
         self.block_size = config.block_size or self._default_block_size(defaults)
@@ -141,7 +150,7 @@ class ModelRunner:
         self.shapes = step_shapes(
             token_buckets(max_num_batched_tokens, defaults.smallest_buckets),
             defaults.smallest_mixed_bucket,
-            max_num_seqs=_round_up(self._max_num_seqs, ROW_MULTIPLE),
+            max_num_seqs=self._max_num_rows,
             blocks_per_row=_ceil_div(self.max_model_len, self.block_size),
         )
         # an accelerator would stop at every branch that depends on data
@@ -187,11 +196,12 @@ class ModelRunner:
         self.compilations.reset()
 
     def run(self, plan: StepPlan) -> StepResult:
-        """Compute one step: one transfer in, one program, one small transfer out."""
+        """Begin one step: one transfer in, one program, one small transfer out. The device runs steps in the order in
+        which they were begun; nobody waits here."""
         needed, rows = plan.num_tokens, len(plan.rows)
-        rates = any(row.sequence.rates_prompt for row in plan.rows)
+        rates = any(first < end for first, end in (row.prompt_logprob_range for row in plan.rows))
         shape = next(shape for shape in self.shapes if shape.fits(needed, rows, prompt_logprobs=rates))
-        self._slots.assign([row.sequence for row in plan.rows if row.samples])
+        self._slots.assign([row for row in plan.rows if row.samples])
         packed = pack_step(plan, shape, self.block_size, self._slots)
         tables = self._slots.on_device()
         self._others.send_step(self.shapes.index(shape), packed)
@@ -334,6 +344,7 @@ class ModelRunner:
             num_blocks=num_blocks,
             enable_prefix_caching=self.config.enable_prefix_caching,
             enable_chunked_prefill=self.config.enable_chunked_prefill,
+            async_scheduling=self._async_scheduling,
         )
 
     def _compile(self, shape: StepShape, num_blocks: int) -> jax.stages.Compiled:
@@ -361,7 +372,8 @@ class ModelRunner:
     def _abstract_pools(self, num_blocks: int) -> Any:
         """Of one chip."""
         tokens = jax.ShapeDtypeStruct((num_blocks, self.block_size), jnp.int32)
-        return Pools(self._spec.abstract(num_blocks), tokens)  # type: ignore[arg-type]
+        sampled = jax.ShapeDtypeStruct((self._max_num_rows,), jnp.int32)
+        return Pools(self._spec.abstract(num_blocks), tokens, sampled)  # type: ignore[arg-type]
 
     def _place_table(self, name: str, table: npt.NDArray[Any]) -> jax.Array:
         self._others.send_table(name, table)

@@ -160,6 +160,11 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
         return (self.presence_penalty, self.frequency_penalty, self.repetition_penalty) != (0.0, 0.0, 1.0)
 
     @property
+    def needs_values(self) -> bool:
+        """Whether what may come next depends on which tokens have been sampled, in a way that the host decides."""
+        return self.use_beam_search or any(len(word) > 1 for word in self.bad_words_token_ids)
+
+    @property
     def greedy(self) -> bool:
         return self.temperature < GREEDY_EPSILON
 

@@ -16,28 +16,40 @@ from jaxserve.config import SchedulerConfig
 from jaxserve.sequence import Sequence, SequenceStatus
 
 
-@dataclass(frozen=True, slots=True)
 class ScheduledRow:
-    """`num_tokens` tokens of `sequence`, from `sequence.num_computed_tokens` on."""
+    """The next `num_tokens` tokens of `sequence`, as of when they were scheduled.
 
-    sequence: Sequence
-    num_tokens: int
-    copies: list[BlockCopy]
+    Attributes:
+        start, end: positions of the tokens.
+        samples: whether the last one is the sequence's last one, so that a new token follows from it.
+        source_row: the row of the step before that samples the token, where the host does not know it yet.
+        prompt_logprob_range: positions (first, end) of the tokens whose successors in the prompt are to be rated.
+    """
 
-    @property
-    def samples(self) -> bool:
-        """Whether the row's last token is the sequence's last one, so that a new token follows from it."""
-        is_last = self.num_tokens == self.sequence.num_uncomputed_tokens
-        return is_last and not self.sequence.siblings and self.sequence.params.max_tokens > 0
+    __slots__ = (
+        "copies",
+        "end",
+        "num_tokens",
+        "prompt_logprob_range",
+        "samples",
+        "sequence",
+        "source_row",
+        "start",
+    )
 
-    @property
-    def prompt_logprob_range(self) -> tuple[int, int]:
-        """Positions of the row's tokens (first, end) whose successors in the prompt are to be rated."""
-        sequence = self.sequence
-        if not sequence.rates_prompt:
-            return 0, 0
-        first = max(sequence.num_computed_tokens, sequence.num_rated_tokens - 1)
-        return first, min(sequence.num_computed_tokens + self.num_tokens, sequence.num_prompt_tokens - 1)
+    def __init__(self, sequence: Sequence, num_tokens: int, copies: list[BlockCopy]) -> None:
+        self.sequence = sequence
+        self.num_tokens = num_tokens
+        self.copies = copies
+        self.start = sequence.num_computed_tokens
+        self.end = self.start + num_tokens
+        is_last = num_tokens == sequence.num_uncomputed_tokens
+        self.samples = is_last and not sequence.siblings and sequence.params.max_tokens > 0
+        self.source_row = sequence.sampled_row
+        self.prompt_logprob_range = (0, 0)
+        if sequence.rates_prompt:
+            first = max(self.start, sequence.num_rated_tokens - 1)
+            self.prompt_logprob_range = first, min(self.end, sequence.num_prompt_tokens - 1)
 
 
 @dataclass(slots=True)
@@ -46,14 +58,21 @@ class StepPlan:
 
     Attributes:
         first_scheduled: sequences that run for the first time in this step.
+        num_held: sequences that cannot go on before this step's tokens are known to the host.
     """
 
     rows: list[ScheduledRow] = field(default_factory=list)
     first_scheduled: list[Sequence] = field(default_factory=list)
+    num_held: int = 0
 
     @property
     def num_tokens(self) -> int:
         return sum(row.num_tokens for row in self.rows)
+
+    @property
+    def is_wanted(self) -> bool:
+        """Whether anybody still waits for its results."""
+        return any(row.sequence.status is not SequenceStatus.FINISHED for row in self.rows)
 
 
 class Scheduler:
@@ -76,7 +95,8 @@ class Scheduler:
         self.waiting.append(sequence)
 
     def schedule(self) -> StepPlan:
-        """Decide the next step; takes blocks, and preempts where they run out."""
+        """Decide the next step; takes blocks, and preempts where they run out. The plan counts as computed at once, so
+        that the step after it can be decided before the device is done; it is empty if all wait for results."""
         rows: dict[Sequence, ScheduledRow] = {}
         num_preemptions = self.num_preemptions
         budget = self._schedule_running(rows, self.config.max_num_batched_tokens)
@@ -84,30 +104,19 @@ class Scheduler:
         if self.num_preemptions == num_preemptions:  # else blocks are short: no newcomers
             self._schedule_waiting(rows, budget, plan)
         plan.rows = sorted(rows.values(), key=lambda row: row.num_tokens > 1)
+        for index, row in enumerate(plan.rows):
+            plan.num_held += self._count_as_computed(index, row)
         return plan
-
-    def mark_computed(self, row: ScheduledRow) -> None:
-        """The step is done: the row's tokens have KV. Siblings join when the shared prompt is complete."""
-        sequence = row.sequence
-        before = sequence.num_computed_tokens
-        sequence.num_computed_tokens += row.num_tokens
-        self.block_manager.publish_full_blocks(sequence, before)
-        if sequence.siblings and sequence.num_tokens_to_schedule == 0:
-            self._fork_siblings(sequence)
 
     def finish(self, sequence: Sequence) -> None:
         """Take a finished sequence out; its blocks are free at once."""
-        if sequence in self.running:
-            self.running.remove(sequence)
-        elif sequence in self.waiting:
-            self.waiting.remove(sequence)
-        elif sequence in self.parked:
-            self.parked.remove(sequence)
+        self._take_out(sequence)
         self.block_manager.free(sequence)
 
     def park(self, sequence: Sequence) -> None:
-        """Take a running beam out until its request's other beams are as far; it keeps its blocks."""
-        self.running.remove(sequence)
+        """Take a beam out until its request's other beams are as far; it keeps its blocks, if it has not been preempted
+        since its step began."""
+        self._take_out(sequence)
         sequence.status = SequenceStatus.PARKED
         self.parked.append(sequence)
 
@@ -156,9 +165,9 @@ class Scheduler:
     def _schedule_running(self, rows: dict[Sequence, ScheduledRow], budget: int) -> int:
         """Rows of one token first, so that a long prompt never stalls a stream."""
         for sequence in sorted(self.running, key=lambda s: s.num_tokens_to_schedule > 1):
-            if budget == 0:
-                break
             num_tokens = min(sequence.num_tokens_to_schedule, budget)
+            if num_tokens == 0:
+                continue
             while sequence.status is SequenceStatus.RUNNING:  # until it has blocks, or was preempted itself
                 copies = self.block_manager.allocate(sequence, num_tokens)
                 if copies is not None:
@@ -205,6 +214,35 @@ class Scheduler:
         if num_cached:
             self.block_manager.free(sequence)  # it looks again when its turn comes
         return None
+
+    def _count_as_computed(self, index: int, row: ScheduledRow) -> bool:
+        """Move the sequence to the end of its row. Siblings join when the shared prompt is complete.
+
+        Returns:
+            Whether it cannot go on before the host knows the token that it samples. One that ends by its length does
+            not go on; all others go on with a pending token.
+        """
+        sequence = row.sequence
+        sequence.num_computed_tokens = row.end
+        first, end = row.prompt_logprob_range
+        if first < end:
+            sequence.num_rated_tokens = end + 1
+        self.block_manager.publish_full_blocks(sequence)
+        if sequence.siblings and sequence.num_tokens_to_schedule == 0:
+            self._fork_siblings(sequence)
+        if not row.samples or row.end + 1 >= sequence.max_len:
+            return False
+        if sequence.needs_values:
+            return True
+        sequence.num_pending_tokens += 1
+        sequence.sampled_row = index
+        return False
+
+    def _take_out(self, sequence: Sequence) -> None:
+        for queue in (self.running, self.waiting, self.parked):
+            if sequence in queue:
+                queue.remove(sequence)
+                return
 
     # --- blocks ---------------------------------------------------------------------------------------------
 

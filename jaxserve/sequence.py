@@ -29,20 +29,24 @@ class Sequence:
         seed: int64 that, together with `index` and a token's position, determines every draw.
         token_ids: prompt and output.
         block_table: KV blocks in order of position; owned by the block manager.
-        num_computed_tokens: tokens whose KV is in the pool.
+        num_computed_tokens: tokens whose KV is in the pool, or will be when the steps under way are done.
+        num_pending_tokens: tokens behind those that steps under way sample, and that the device goes on from by itself.
+        sampled_row: row of the sequence in the last step that sampled from it.
+        num_published_blocks: leading blocks that the prefix cache has been told of.
         num_cached_tokens: prompt tokens whose KV came from the prefix cache when it was first scheduled.
         siblings: sequences of the same request that have not been forked off yet. They join once everything
             but the last prompt token is computed, sharing this sequence's blocks.
         constraint: where the text is in what it must be; None if it is free.
-        num_rated_tokens: prompt tokens whose prompt logprobs have been reported; the first one has none.
+        num_rated_tokens: prompt tokens whose prompt logprobs have been asked of a step; the first one has none.
         order: requests in order of arrival.
         scheduled_at: `time.monotonic()` of its first step, None before.
     """
 
     __slots__ = (
         "block_hashes", "block_table", "cache_salt", "constraint", "eos_token_ids", "finish_reason", "index", "max_len",
-        "num_cached_tokens", "num_computed_tokens", "num_prompt_tokens", "num_rated_tokens", "order", "params",
-        "request_id", "scheduled_at", "seed", "siblings", "status", "stop_reason", "token_ids",
+        "num_cached_tokens", "num_computed_tokens", "num_pending_tokens", "num_prompt_tokens", "num_published_blocks",
+        "num_rated_tokens", "order", "params", "request_id", "sampled_row", "scheduled_at", "seed", "siblings",
+        "status", "stop_reason", "token_ids",
     )  # fmt: skip
 
     def __init__(
@@ -70,6 +74,9 @@ class Sequence:
         self.block_table: list[int] = []
         self.block_hashes: list[bytes] = []
         self.num_computed_tokens = 0
+        self.num_pending_tokens = 0
+        self.num_published_blocks = 0
+        self.sampled_row = 0
         self.num_cached_tokens = 0
         self.constraint: TextConstraint | None = None
         self.num_rated_tokens = 1
@@ -88,7 +95,7 @@ class Sequence:
 
     @property
     def num_uncomputed_tokens(self) -> int:
-        return len(self.token_ids) - self.num_computed_tokens
+        return len(self.token_ids) + self.num_pending_tokens - self.num_computed_tokens
 
     @property
     def num_output_tokens(self) -> int:
@@ -103,8 +110,13 @@ class Sequence:
         return self.num_uncomputed_tokens
 
     @property
+    def needs_values(self) -> bool:
+        """Whether the host must know a token before the next one can be computed: masks and beams follow from it."""
+        return self.constraint is not None or self.params.needs_values
+
+    @property
     def rates_prompt(self) -> bool:
-        """Whether prompt logprobs are still to be reported. The first of a request's sequences reports them."""
+        """Whether prompt logprobs are still to be asked for. The first of a request's sequences reports them."""
         wanted = self.params.prompt_logprobs is not None and self.index == 0
         return wanted and self.num_rated_tokens < self.num_prompt_tokens
 
@@ -136,6 +148,7 @@ class Sequence:
             MatcherError: its constraint cannot go on.
         """
         self.token_ids.append(token_id)
+        self.num_pending_tokens = max(self.num_pending_tokens - 1, 0)
         if self.constraint is not None:
             self.constraint.accept(token_id)
         if token_id in self.eos_token_ids and not self.params.ignore_eos:

@@ -15,6 +15,7 @@ import numpy.typing as npt
 
 from jaxserve.logits_processors import BITS, SlotTables
 from jaxserve.sampling_params import MAX_BAD_WORD_TOKENS, MAX_LOGIT_BIASES, MAX_STOP_TOKEN_IDS
+from jaxserve.scheduler import ScheduledRow
 from jaxserve.sequence import Sequence
 
 NEUTRAL_SLOT = 0
@@ -44,19 +45,21 @@ class SlotTableManager:
         self._biases_on_device: tuple[jax.Array, jax.Array] | None = None
         self._masks_on_device: jax.Array | None = None
 
-    def assign(self, sequences: list[Sequence]) -> None:
-        """Give a slot to each of a step's `sequences` whose request needs one, and bring its row up to date."""
-        needing = [s for s in sequences if needs_slot(s)]
+    def assign(self, rows: list[ScheduledRow]) -> None:
+        """Give a slot to each sequence whose request needs one in a step's `rows` that sample, and bring its row of the
+        tables up to date."""
+        needing = [row.sequence for row in rows if needs_slot(row)]
         missing = [s for s in needing if s not in self._slot_of]
         if missing:
             self._evict(keep=set(needing))
             for sequence in missing:
                 self._slot_of[sequence] = slot = self._free.pop()
                 self._write_mask(slot, _allowed_mask(sequence, self._masks.shape[1]))
-        for sequence in sequences:  # also of those that need nothing any more
+        for row in rows:  # also of those that need nothing any more
+            sequence = row.sequence
             if sequence in self._slot_of:
                 slot = self._slot_of[sequence]
-                self._write_biases(slot, sequence)
+                self._write_biases(slot, row)
                 if sequence.constraint is not None:
                     self._write_mask(slot, sequence.constraint.mask.view(np.uint32))
 
@@ -94,8 +97,8 @@ class SlotTableManager:
             self._masks[slot] = mask
             self._masks_on_device = None
 
-    def _write_biases(self, slot: int, sequence: Sequence) -> None:
-        ids, values = biases(sequence)
+    def _write_biases(self, slot: int, row: ScheduledRow) -> None:
+        ids, values = biases(row)
         last = self._biases_of.get(slot)
         if last is not None and np.array_equal(last[0], ids) and np.array_equal(last[1], values):
             return
@@ -105,16 +108,20 @@ class SlotTableManager:
         self._biases_on_device = None
 
 
-def needs_slot(sequence: Sequence) -> bool:
-    """Whether the sequence's logits are changed by something that lies in the tables."""
-    params = sequence.params
+def needs_slot(row: ScheduledRow) -> bool:
+    """Whether the row's logits are changed by something that lies in the tables."""
+    sequence, params = row.sequence, row.sequence.params
     return bool(
         params.logit_bias
         or sequence.constraint is not None
         or params.allowed_token_ids is not None
         or params.bad_words_token_ids
-        or sequence.num_output_tokens < params.min_tokens
+        or _is_too_short(row)
     )
+
+
+def _is_too_short(row: ScheduledRow) -> bool:
+    return row.end - row.sequence.num_prompt_tokens < row.sequence.params.min_tokens
 
 
 def _allowed_mask(sequence: Sequence, num_words: int) -> npt.NDArray[np.uint32]:
@@ -126,12 +133,12 @@ def _allowed_mask(sequence: Sequence, num_words: int) -> npt.NDArray[np.uint32]:
     return np.packbits(bits, bitorder="little").view(np.uint32)
 
 
-def biases(sequence: Sequence) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float32]]:
-    """Token ids and what is added to their logits at the sequence's next token: logit_bias, and −inf for tokens that
+def biases(row: ScheduledRow) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float32]]:
+    """Token ids and what is added to their logits where the row samples: logit_bias, and −inf for tokens that
     would complete a bad word or end the sequence before min_tokens."""
-    params = sequence.params
+    sequence, params = row.sequence, row.sequence.params
     forbidden = [word[-1] for word in params.bad_words_token_ids if _ends_with(sequence, word[:-1])]
-    if sequence.num_output_tokens < params.min_tokens:
+    if _is_too_short(row):
         forbidden += params.stop_token_ids
         forbidden += () if params.ignore_eos else sequence.eos_token_ids
     if forbidden and sequence.constraint is not None and not _leaves_any(sequence.constraint.mask, forbidden):

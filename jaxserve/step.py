@@ -56,10 +56,12 @@ class Pools(NamedTuple):
     Attributes:
         kv: [L, N, …]; the rest is the attention backend's.
         tokens: [N, B] int32; the token id of every slot.
+        sampled: [rows at most] int32; what the rows of the last step sampled.
     """
 
     kv: jax.Array | QuantizedPool
     tokens: jax.Array
+    sampled: jax.Array
 
 
 class StepOutputs(NamedTuple):
@@ -118,7 +120,8 @@ def make_step(
             candidates=jnp.concatenate([best.token_ids, _bits(best.scores), _bits(best.logprobs)], axis=1),
             prompt=_prompt_logprobs(model, hidden, inputs, vocab, max_logprobs),
         )
-        return outputs, pools
+        sampled = lax.dynamic_update_slice_in_dim(pools.sampled, out.token_ids, 0, axis=0)
+        return outputs, pools._replace(sampled=sampled)
 
     return step
 
@@ -202,6 +205,7 @@ def _forward(
 ) -> tuple[jax.Array, Pools]:
     num_single_tokens, num_tiles, num_copies = inputs["counts"][:3]
     pools = copy_blocks(pools, inputs["block_copies"], num_copies)
+    token_ids = _known_tokens(inputs["token_ids"], pools.sampled)
     metadata = AttentionMetadata(
         block_tables=inputs["block_tables"],
         seq_lens=inputs["seq_lens"],
@@ -213,9 +217,9 @@ def _forward(
         tiles=inputs["tiles"],
         num_tiles=num_tiles,
     )
-    tokens = write_tokens(pools.tokens, inputs["token_ids"], inputs["slot_mapping"])
+    tokens = write_tokens(pools.tokens, token_ids, inputs["slot_mapping"])
     hidden, kv_pool = model(
-        inputs["token_ids"],
+        token_ids,
         inputs["positions"],
         pools.kv,
         metadata,
@@ -223,7 +227,13 @@ def _forward(
         block_size=tokens.shape[1],
         unroll=unroll_layers,
     )
-    return hidden, Pools(kv_pool, tokens)
+    return hidden, Pools(kv_pool, tokens, pools.sampled)
+
+
+def _known_tokens(token_ids: jax.Array, sampled: jax.Array) -> jax.Array:
+    """[T]; −1 − r becomes what row r of the last step sampled. Where that is no token at all, nobody wants the row."""
+    source = jnp.maximum(-1 - token_ids, 0)
+    return jnp.where(token_ids < 0, jnp.maximum(sampled[source], 0), token_ids)
 
 
 def copy_blocks(pools: Pools, copies: jax.Array, num_copies: jax.Array) -> Pools:
@@ -237,7 +247,8 @@ def copy_blocks(pools: Pools, copies: jax.Array, num_copies: jax.Array) -> Pools
             block = lax.dynamic_slice_in_dim(pool, source, 1, axis)
             return lax.dynamic_update_slice_in_dim(pool, block, target, axis)
 
-        return Pools(jax.tree.map(lambda pool: copy(pool, 1), pools.kv), copy(pools.tokens, 0))
+        kv = jax.tree.map(lambda pool: copy(pool, 1), pools.kv)
+        return pools._replace(kv=kv, tokens=copy(pools.tokens, 0))
 
     return lax.fori_loop(0, num_copies, copy_one, pools)
 

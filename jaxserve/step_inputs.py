@@ -51,7 +51,7 @@ class StepShape:
         """Name and shape of every input, in buffer order."""
         T, S, M = self.num_tokens, self.num_rows, self.blocks_per_row
         return {
-            "token_ids": (T,),
+            "token_ids": (T,),  # −1 − r: the token that row r of the step before sampled
             "positions": (T,),
             "token_rows": (T,),
             "slot_mapping": (T,),
@@ -151,7 +151,7 @@ def pack_step(
         inputs["logits_index"][s] = token - 1
         if row.samples:
             _pack_sampling(inputs, s, row.sequence)
-            if _pack_processors(inputs, s, row.sequence, slots):
+            if _pack_processors(inputs, s, row, slots):
                 processed.append(s)
     inputs["query_start_loc"][len(plan.rows) + 1 :] = token
     inputs["processed_rows"][: len(processed)] = processed
@@ -169,15 +169,14 @@ Inputs = dict[str, npt.NDArray[np.int32]]
 
 def _pack_tokens(inputs: Inputs, s: int, row: ScheduledRow, token: int, block_size: int) -> None:
     """The row's tokens from flat index `token` on, where their KV goes, and what they attend to."""
-    sequence, num_tokens = row.sequence, row.num_tokens
-    start = sequence.num_computed_tokens
-    stop = start + num_tokens
+    sequence, num_tokens, start, stop = row.sequence, row.num_tokens, row.start, row.end
     table = inputs["block_tables"][s]
     table[: len(sequence.block_table)] = sequence.block_table
     inputs["seq_lens"][s] = stop
     inputs["token_rows"][token : token + num_tokens] = s
     if num_tokens == 1:
-        inputs["token_ids"][token] = sequence.token_ids[start]
+        is_known = start < len(sequence)
+        inputs["token_ids"][token] = sequence.token_ids[start] if is_known else -1 - row.source_row
         inputs["positions"][token] = start
         inputs["slot_mapping"][token] = table[start // block_size] * block_size + start % block_size
         return
@@ -193,7 +192,7 @@ def _pack_prompt_targets(inputs: Inputs, row: ScheduledRow, token: int, count: i
     first, stop = row.prompt_logprob_range
     num = stop - first
     if num > 0:
-        offset = token + first - row.sequence.num_computed_tokens
+        offset = token + first - row.start
         inputs["prompt_tokens"][count : count + num] = np.arange(offset, offset + num)
         inputs["prompt_targets"][count : count + num] = row.sequence.token_ids[first + 1 : stop + 1]
     return count + max(num, 0)
@@ -212,15 +211,15 @@ def _pack_sampling(inputs: Inputs, s: int, sequence: Sequence) -> None:
         inputs["num_logprobs"][s] = params.logprobs or 0
 
 
-def _pack_processors(inputs: Inputs, s: int, sequence: Sequence, slots: SlotLookup | None) -> bool:
+def _pack_processors(inputs: Inputs, s: int, row: ScheduledRow, slots: SlotLookup | None) -> bool:
     """What changes the row's logits; returns whether anything does."""
-    params = sequence.params
+    sequence, params = row.sequence, row.sequence.params
     slot = 0 if slots is None else slots.slot(sequence)
     if slots is not None and slot:
         inputs["slot"][s], inputs["num_biases"][s] = slot, slots.num_biases(sequence)
     if params.has_penalties:
         inputs["prompt_len"][s] = sequence.num_prompt_tokens
-        inputs["num_counted"][s] = len(sequence)
+        inputs["num_counted"][s] = row.end
         inputs["repetition"][s] = params.repetition_penalty
         inputs["frequency"][s], inputs["presence"][s] = params.frequency_penalty, params.presence_penalty
     inputs["is_beam"][s] = params.use_beam_search

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections import deque
+from typing import NamedTuple
+
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, rule
+from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, precondition, rule
 
 from jaxserve.block_manager import NULL_BLOCK, BlockManager
 from jaxserve.config import SchedulerConfig
@@ -17,21 +20,28 @@ MAX_MODEL_LEN = 24
 
 
 def make_sequence(
-    name: str, prompt: list[int], *, n: int = 1, max_tokens: int = 8, salt: str | None = None
+    name: str,
+    prompt: list[int],
+    *,
+    n: int = 1,
+    max_tokens: int = 8,
+    salt: str | None = None,
+    params: SamplingParams | None = None,
 ) -> Sequence:
     """The first sequence of a request with its siblings attached."""
+    params = params or SamplingParams(max_tokens=max_tokens, n=n)
     sequences = [
         Sequence(
             name,
             i,
             prompt,
-            SamplingParams(max_tokens=max_tokens, n=n),
+            params,
             seed=0,
             max_model_len=MAX_MODEL_LEN,
             eos_token_ids=(0,),
             cache_salt=salt,
         )
-        for i in range(n)
+        for i in range(params.n)
     ]
     sequences[0].siblings = sequences[1:]
     return sequences[0]
@@ -60,18 +70,24 @@ def make_scheduler(
 def run_step(scheduler: Scheduler, next_token: int = 1) -> StepPlan:
     """Schedule and pretend that the device sampled `next_token` in every row that samples."""
     plan = scheduler.schedule()
-    sampled = [row for row in plan.rows if row.samples]
     for row in plan.rows:
-        scheduler.mark_computed(row)
-    for row in sampled:
-        row.sequence.append_token(next_token)
+        if row.samples:
+            row.sequence.append_token(next_token)
         if row.sequence.status is SequenceStatus.FINISHED:
             scheduler.finish(row.sequence)
     return plan
 
 
+class UnderWay(NamedTuple):
+    """A step that the device has done, of which the host knows nothing yet: what its rows sampled."""
+
+    plan: StepPlan
+    tokens: list[int]
+
+
 class EngineStates(RuleBasedStateMachine):
-    """Random arrivals, steps and aborts against a pool that is much too small for them."""
+    """Random arrivals, steps and aborts against a pool that is much too small for them. Steps are decided before
+    and after the results of the one before are known."""
 
     requests: Bundle[Sequence] = Bundle("requests")
 
@@ -80,6 +96,7 @@ class EngineStates(RuleBasedStateMachine):
         self.scheduler = make_scheduler()
         self.count = 0
         self.written: dict[int, list[int | None]] = {}  # block → the token whose KV each slot holds
+        self.under_way: deque[UnderWay] = deque()
 
     @rule(
         target=requests,
@@ -87,17 +104,45 @@ class EngineStates(RuleBasedStateMachine):
         n=st.integers(1, 4),
         max_tokens=st.integers(1, 10),
         salt=st.sampled_from([None, "a"]),
+        bad_words=st.sampled_from([(), ((3, 4),)]),
     )
-    def add(self, tokens: list[int], n: int, max_tokens: int, salt: str | None) -> Sequence:
+    def add(
+        self,
+        tokens: list[int],
+        n: int,
+        max_tokens: int,
+        salt: str | None,
+        bad_words: tuple[tuple[int, ...], ...],
+    ) -> Sequence:
         self.count += 1
-        sequence = make_sequence(str(self.count), tokens, n=n, max_tokens=max_tokens, salt=salt)
+        params = SamplingParams(max_tokens=max_tokens, n=n, bad_words_token_ids=bad_words)
+        sequence = make_sequence(str(self.count), tokens, params=params, salt=salt)
         self.scheduler.add(sequence)
         return sequence
 
     @rule(token=st.integers(0, 2))
     def step(self, token: int) -> None:
+        """Begin a step, and then take the results of the one before."""
+        self.begin(token)
+        if len(self.under_way) > 1 or not self.under_way[-1].plan.rows:
+            self.take_results()
+
+    @precondition(lambda self: self.under_way)
+    @rule()
+    def take_results(self) -> None:
+        plan, tokens = self.under_way.popleft()
+        for row, token in zip(plan.rows, tokens, strict=True):
+            if row.sequence.status is SequenceStatus.FINISHED:
+                continue
+            if row.samples:
+                row.sequence.append_token(token)
+            if row.sequence.status is SequenceStatus.FINISHED:
+                self.scheduler.finish(row.sequence)
+
+    def begin(self, token: int) -> None:
         """Also plays the device: follows every write and copy, and checks that each row reads its own tokens."""
         plan = self.scheduler.schedule()
+        before = self.under_way[-1].tokens if self.under_way else []
         assert plan.num_tokens <= self.scheduler.config.max_num_batched_tokens
         assert len({row.sequence for row in plan.rows}) == len(plan.rows)
         lengths = [row.num_tokens for row in plan.rows]
@@ -109,27 +154,25 @@ class EngineStates(RuleBasedStateMachine):
         writes: set[int] = set()
         for row in plan.rows:
             s = row.sequence
-            for position in range(s.num_computed_tokens, s.num_computed_tokens + row.num_tokens):
+            for position in range(row.start, row.end):
                 block = s.block_table[position // BLOCK_SIZE]
                 assert block != NULL_BLOCK
                 slot = block * BLOCK_SIZE + position % BLOCK_SIZE
                 assert slot not in writes, "two rows write into one slot"
                 writes.add(slot)
-                self.written.setdefault(block, [None] * BLOCK_SIZE)[position % BLOCK_SIZE] = s.token_ids[
-                    position
-                ]
+                known = self.written.setdefault(block, [None] * BLOCK_SIZE)
+                known[position % BLOCK_SIZE] = (
+                    s.token_ids[position] if position < len(s) else before[row.source_row]
+                )
         for row in plan.rows:
             s = row.sequence
-            for position in range(s.num_computed_tokens + row.num_tokens):
+            assert row.end <= len(s) + 1
+            assert row.end <= len(s) or not s.needs_values, "a token was needed and not there"
+            for position in range(min(row.end, len(s))):
                 found = self.written[s.block_table[position // BLOCK_SIZE]][position % BLOCK_SIZE]
                 assert found == s.token_ids[position], f"{s} reads somebody else's KV at {position}"
-        sampled = [row for row in plan.rows if row.samples]
-        for row in plan.rows:
-            self.scheduler.mark_computed(row)
-        for row in sampled:
-            row.sequence.append_token(token)
-            if row.sequence.status is SequenceStatus.FINISHED:
-                self.scheduler.finish(row.sequence)
+        # each row samples something of its own, most of them no end of sequence
+        self.under_way.append(UnderWay(plan, [(token + index) % 3 for index in range(len(plan.rows))]))
 
     @rule(sequence=consumes(requests))
     def abort(self, sequence: Sequence) -> None:
@@ -144,6 +187,8 @@ class EngineStates(RuleBasedStateMachine):
             self.step(1)
             steps += 1
             assert steps < 3000, "no progress"
+        while self.under_way:
+            self.take_results()
         assert self.scheduler.block_manager.usage == 0.0
 
     @invariant()

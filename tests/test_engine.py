@@ -98,7 +98,8 @@ def alone(runner: ModelRunner) -> Tokens:
     """Each of 200 requests on its own, in an engine that remembers nothing."""
     tokens: Tokens = {}
     for request in mixed_requests(200):
-        tokens |= run_all(make_engine(runner, enable_prefix_caching=False), [request], check=False)
+        engine = make_engine(runner, enable_prefix_caching=False, async_scheduling=False)
+        tokens |= run_all(engine, [request], check=False)
     return tokens
 
 
@@ -112,6 +113,8 @@ def alone(runner: ModelRunner) -> Tokens:
         {"num_blocks": 18},
         {"num_blocks": 18, "max_num_batched_tokens": 5, "enable_prefix_caching": False},
         {"enable_chunked_prefill": False},
+        {"async_scheduling": False},
+        {"async_scheduling": False, "num_blocks": 18},
     ],
     ids=str,
 )
@@ -339,7 +342,7 @@ def test_one_program_and_one_transfer_each_way_per_step(
     while engine.has_work:
         engine.step()
         steps += 1
-    assert len(calls) == steps
+    assert steps <= len(calls) <= steps + 1  # the last one may have been begun in vain
     assert all(len(shape) == 1 for shape in calls)  # one packed array
     assert len(uploads) == 1
     assert engine.stats().xla_compilations == 0

@@ -272,7 +272,8 @@ def test_a_soft_cap_bounds_the_scores() -> None:
 
 def test_blocks_are_copied_in_order_and_only_as_many_as_asked() -> None:
     tokens = jnp.arange(6).reshape(6, 1)
-    pools = Pools(kv=jnp.stack([tokens + 10.0 * layer for layer in range(2)]), tokens=tokens)
+    kv = jnp.stack([tokens + 10.0 * layer for layer in range(2)])
+    pools = Pools(kv=kv, tokens=tokens, sampled=jnp.zeros(1, jnp.int32))
     copies = np.array([BlockCopy(1, 2), BlockCopy(2, 3), BlockCopy(4, 5)], np.int32)
     copied = copy_blocks(pools, jnp.asarray(copies), jnp.int32(2))
     assert copied.kv[:, :, 0].tolist() == [[0, 1, 1, 1, 4, 5], [10, 11, 11, 11, 14, 15]]

@@ -88,6 +88,8 @@ SETTINGS: list[tuple[list[str], str, Any]] = [
     (["--enable-prefix-caching"], "enable_prefix_caching", True),
     (["--no-enable-chunked-prefill"], "enable_chunked_prefill", False),
     (["--enable-chunked-prefill"], "enable_chunked_prefill", True),
+    (["--async-scheduling"], "async_scheduling", True),
+    (["--no-async-scheduling"], "async_scheduling", False),
 ]
 
 

@@ -1,0 +1,99 @@
+"""What the host costs in a decode step: python scripts/bench_host.py [--sequences 1 16 64 256] [--model MODEL].
+
+Without a model, one so small that the device takes next to nothing, so that a step takes what the host takes: its
+scheduling, packing, dispatch, update and the frame for the API process. With a model: how long its decode steps take.
+Steps that run ahead and steps that do not are measured in turn, several times around: median step, smallest, largest.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+from jaxserve.config import EngineConfig
+from jaxserve.engine import Engine
+from jaxserve.messages import AbortRequest, AddRequest, encode_frame
+from jaxserve.model_runner import ModelRunner
+from jaxserve.sampling_params import SamplingParams
+
+TINY = {
+    "architectures": ["LlamaForCausalLM"],
+    "hidden_size": 8,
+    "intermediate_size": 8,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 1,
+    "num_key_value_heads": 1,
+    "vocab_size": 16,
+    "max_position_embeddings": 1024,
+    "rms_norm_eps": 1e-5,
+    "dtype": "float32",
+}
+WARM_UP_STEPS = 20
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", help="instead of the tiny one")
+    parser.add_argument("--sequences", type=int, nargs="+", default=[1, 16, 64, 256])
+    parser.add_argument("--context", type=int, default=100)
+    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--rounds", type=int, default=3)
+    args = parser.parse_args()
+    with _model(args.model) as model:
+        config = EngineConfig(
+            model=str(model),
+            load_format="auto" if args.model else "dummy",
+            max_model_len=1024,
+            max_num_seqs=max(args.sequences),
+            kv_cache_memory_bytes=None if args.model else 64 << 20,
+        )
+        runner = ModelRunner(config)
+    print(f"{'sequences':>9s}  {'runs ahead':>10s}  {'ms a step':>9s}  spread")
+    for count in args.sequences:
+        times: dict[bool, list[float]] = {True: [], False: []}
+        for _ in range(args.rounds):
+            for ahead, taken in times.items():
+                engine = Engine(runner, replace(runner.limits, async_scheduling=ahead))
+                taken.append(_decode(engine, count, args))
+        for ahead, taken in times.items():
+            median, spread = statistics.median(taken), f"{min(taken):.3f} - {max(taken):.3f}"
+            print(f"{count:9d}  {'yes' if ahead else 'no':>10s}  {median:9.3f}  {spread}")
+
+
+@contextmanager
+def _model(path: str | None) -> Iterator[Path]:
+    if path is not None:
+        yield Path(path)
+        return
+    with tempfile.TemporaryDirectory() as directory:
+        (Path(directory) / "config.json").write_text(json.dumps(TINY))
+        yield Path(directory)
+
+
+def _decode(engine: Engine, count: int, args: argparse.Namespace) -> float:
+    """Median milliseconds of a step in which `count` sequences decode, their frame included."""
+    for i in range(count):
+        prompt = [(i + j) % 16 for j in range(args.context)]
+        params = SamplingParams(temperature=0.0, max_tokens=1024 - args.context, ignore_eos=True)
+        engine.add_request(AddRequest(request_id=f"request-{i}", prompt_token_ids=prompt, params=params))
+    taken: list[float] = []
+    while len(taken) < args.steps + WARM_UP_STEPS:
+        started = time.perf_counter()
+        outputs = engine.step()
+        encode_frame(outputs)
+        if outputs.stats.num_tokens == count:
+            taken.append((time.perf_counter() - started) * 1000)
+    for i in range(count):
+        engine.abort_request(AbortRequest(request_id=f"request-{i}"))
+    return statistics.median(taken[WARM_UP_STEPS:])
+
+
+if __name__ == "__main__":
+    main()
