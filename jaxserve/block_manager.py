@@ -54,8 +54,8 @@ class BlockManager:
     def blocks_needed(self, sequence: Sequence, num_tokens: int) -> int:
         """Blocks that `allocate` would take from the free list, copy-on-write included."""
         end = sequence.num_computed_tokens + num_tokens
-        new_blocks = max(_ceil_div(end, self.block_size) - len(sequence.block_table), 0)
-        return new_blocks + self._must_copy(sequence)
+        new_blocks = -(-end // self.block_size) - len(sequence.block_table)
+        return (new_blocks if new_blocks > 0 else 0) + self._must_copy(sequence)
 
     def allocate(self, sequence: Sequence, num_tokens: int) -> list[BlockCopy] | None:
         """Give `sequence` the blocks for its next `num_tokens` tokens, writable by it alone.
@@ -63,7 +63,10 @@ class BlockManager:
         Returns:
             The copies that the step must do first, or None (and nothing changed) if blocks ran out.
         """
-        if self.blocks_needed(sequence, num_tokens) > len(self._free):
+        needed = self.blocks_needed(sequence, num_tokens)
+        if needed == 0:
+            return []
+        if needed > len(self._free):
             return None
         copies = []
         if self._must_copy(sequence):
@@ -183,7 +186,3 @@ class BlockManager:
             self._free[block] = None
             if block not in self._hash_of_block:
                 self._free.move_to_end(block, last=False)  # nothing worth keeping: use it first
-
-
-def _ceil_div(a: int, b: int) -> int:
-    return -(-a // b)

@@ -28,11 +28,11 @@ from jaxserve.messages import (
     TopLogprobs,
 )
 from jaxserve.model_runner import ModelRunner, StepResult
+from jaxserve.request_check import check_request
 from jaxserve.sampler import NO_TOKEN
 from jaxserve.sampling_params import INT64_MAX
 from jaxserve.scheduler import ScheduledRow, Scheduler, StepPlan
 from jaxserve.sequence import Sequence
-from jaxserve.slot_tables import MAX_EOS_TOKEN_IDS
 from jaxserve.tokenizer import Tokenizer
 
 MIN_SHARE_AHEAD = 4  # of so many sequences one may sit out a step that is begun before its token is known
@@ -100,7 +100,17 @@ class Engine:
         Raises:
             RequestError: it cannot be served; nothing was queued.
         """
-        self._check(request)
+        if request.request_id in self._requests:
+            message = f"A request with the id {request.request_id!r} is running already."
+            raise RequestError(message, param="request_id")
+        runner = self.model_runner
+        check_request(
+            request,
+            max_model_len=self.limits.max_model_len,
+            vocab_size=runner.model_config.vocab_size,
+            max_logprobs=runner.config.max_logprobs,
+            has_tokenizer=self.tokenizer is not None,
+        )
         seed = self._seeds.randint(0, INT64_MAX) if request.params.seed is None else request.params.seed
         params, order = request.params, next(self._order)
         sequences = [
@@ -241,7 +251,7 @@ class Engine:
 
     def _advance(self, sequence: Sequence, index: int, result: StepResult) -> SequenceOutput:
         """Append the sampled token; a sequence that it ends leaves at once."""
-        token_id = result.token_id(index)
+        token_id = result.token_ids[index]
         if token_id == NO_TOKEN:
             sequence.finish("error")
             return self._end(sequence, error=NO_TOKEN_POSSIBLE)
@@ -305,35 +315,3 @@ class Engine:
         if not live:
             del self._requests[sequence.request_id]
             self._beams.forget(sequence.request_id)
-
-    def _check(self, request: AddRequest) -> None:
-        """The front checks all of this before; a request that slips through must not harm others."""
-        vocab_size = self.model_runner.model_config.vocab_size
-        prompt = request.prompt_token_ids
-        if request.request_id in self._requests:
-            raise RequestError(
-                f"A request with the id {request.request_id!r} is running already.", param="request_id"
-            )
-        if not prompt:
-            raise RequestError("The prompt cannot be empty.", param="prompt")
-        if len(prompt) + min(request.params.max_tokens, 1) > self.limits.max_model_len:
-            raise RequestError(
-                f"The prompt has {len(prompt)} tokens, the model takes {self.limits.max_model_len} with the output.",
-                param="prompt",
-                code="context_length_exceeded",
-            )
-        if min(prompt) < 0 or max(prompt) >= vocab_size:
-            raise RequestError(f"Token ids must be in [0, {vocab_size}).", param="prompt")
-        params, limit = request.params, self.model_runner.config.max_logprobs
-        for name in ("logprobs", "prompt_logprobs"):
-            if (getattr(params, name) or 0) > limit:
-                raise RequestError(f"{name} must be at most {limit}.", param=name)
-        words = params.bad_words_token_ids
-        named = [i for i, _ in params.logit_bias] + [i for word in words for i in word]
-        named += [*(params.allowed_token_ids or ()), *params.stop_token_ids]
-        if named and not 0 <= min(named) <= max(named) < vocab_size:
-            raise RequestError(f"Token ids must be in [0, {vocab_size}).", param="logit_bias")
-        if params.use_beam_search and params.stop and self.tokenizer is None:
-            raise RequestError("Stop strings of beam search need a tokenizer in the engine.", param="stop")
-        if len(request.eos_token_ids) > MAX_EOS_TOKEN_IDS:
-            raise RequestError(f"At most {MAX_EOS_TOKEN_IDS} end-of-sequence ids are possible.")

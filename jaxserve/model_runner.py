@@ -83,9 +83,11 @@ class StepResult:
     def _prompt(self) -> npt.NDArray[np.int32]:
         return np.asarray(self._outputs.prompt)
 
-    def token_id(self, row: int) -> int:
-        """NO_TOKEN if the row's masks leave none."""
-        return int(self._sampled[row, 0])
+    @cached_property
+    def token_ids(self) -> list[int]:
+        """What each row sampled; NO_TOKEN if its masks leave none."""
+        ids: list[int] = self._sampled[:, 0].tolist()
+        return ids
 
     def logprobs(self, row: int, count: int) -> TopLogprobs:
         """The sampled token's log-probability and rank, and the `count` most likely tokens."""

@@ -51,6 +51,12 @@ class ScheduledRow:
             first = max(self.start, sequence.num_rated_tokens - 1)
             self.prompt_logprob_range = first, min(self.end, sequence.num_prompt_tokens - 1)
 
+    @property
+    def token_ids(self) -> list[int]:
+        """The row's tokens; −1 − r stands for what row r of the step before samples."""
+        known = self.sequence.token_ids[self.start : self.end]
+        return known or [-1 - self.source_row]
+
 
 @dataclass(slots=True)
 class StepPlan:
@@ -164,8 +170,9 @@ class Scheduler:
 
     def _schedule_running(self, rows: dict[Sequence, ScheduledRow], budget: int) -> int:
         """Rows of one token first, so that a long prompt never stalls a stream."""
-        for sequence in sorted(self.running, key=lambda s: s.num_tokens_to_schedule > 1):
-            num_tokens = min(sequence.num_tokens_to_schedule, budget)
+        wanted = [(sequence.num_tokens_to_schedule, sequence) for sequence in self.running]
+        for num_tokens, sequence in sorted(wanted, key=lambda entry: entry[0] > 1):
+            num_tokens = min(num_tokens, budget)
             if num_tokens == 0:
                 continue
             while sequence.status is SequenceStatus.RUNNING:  # until it has blocks, or was preempted itself

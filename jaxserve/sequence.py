@@ -43,7 +43,8 @@ class Sequence:
     """
 
     __slots__ = (
-        "block_hashes", "block_table", "cache_salt", "constraint", "eos_token_ids", "finish_reason", "index", "max_len",
+        "_params_need_values", "block_hashes", "block_table", "cache_salt", "constraint", "eos_token_ids",
+        "finish_reason", "index", "max_len",
         "num_cached_tokens", "num_computed_tokens", "num_pending_tokens", "num_prompt_tokens", "num_published_blocks",
         "num_rated_tokens", "order", "params", "request_id", "sampled_row", "scheduled_at", "seed", "siblings",
         "status", "stop_reason", "token_ids",
@@ -65,6 +66,7 @@ class Sequence:
         self.request_id = request_id
         self.index = index
         self.params = params
+        self._params_need_values = params.needs_values
         self.seed = seed
         self.eos_token_ids = eos_token_ids
         self.cache_salt = cache_salt
@@ -112,7 +114,7 @@ class Sequence:
     @property
     def needs_values(self) -> bool:
         """Whether the host must know a token before the next one can be computed: masks and beams follow from it."""
-        return self.constraint is not None or self.params.needs_values
+        return self.constraint is not None or self._params_need_values
 
     @property
     def rates_prompt(self) -> bool:

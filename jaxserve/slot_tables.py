@@ -40,7 +40,7 @@ class SlotTableManager:
         self._bias_values = np.zeros((num_slots + 1, MAX_BIASES), np.float32)
         self._masks = np.full((num_slots + 1, -(-vocab_size // BITS)), 0xFFFFFFFF, np.uint32)
         self._slot_of: dict[Sequence, int] = {}
-        self._biases_of: dict[int, tuple[npt.NDArray[np.int32], npt.NDArray[np.float32]]] = {}
+        self._forbidden_in: dict[int, list[int]] = {}
         self._free = list(range(num_slots, NEUTRAL_SLOT, -1))
         self._biases_on_device: tuple[jax.Array, jax.Array] | None = None
         self._masks_on_device: jax.Array | None = None
@@ -68,8 +68,8 @@ class SlotTableManager:
 
     def num_biases(self, sequence: Sequence) -> int:
         """Entries of the sequence's row that count."""
-        biases = self._biases_of.get(self.slot(sequence))
-        return 0 if biases is None else len(biases[0])
+        forbidden = self._forbidden_in.get(self.slot(sequence))
+        return 0 if forbidden is None else len(sequence.params.logit_bias) + len(forbidden)
 
     def on_device(self) -> SlotTables:
         """The tables as they are now."""
@@ -89,7 +89,7 @@ class SlotTableManager:
     def _evict(self, keep: set[Sequence]) -> None:
         for sequence in [s for s in self._slot_of if s not in keep]:
             slot = self._slot_of.pop(sequence)
-            self._biases_of.pop(slot, None)
+            self._forbidden_in.pop(slot, None)
             self._free.append(slot)
 
     def _write_mask(self, slot: int, mask: npt.NDArray[np.uint32]) -> None:
@@ -98,14 +98,16 @@ class SlotTableManager:
             self._masks_on_device = None
 
     def _write_biases(self, slot: int, row: ScheduledRow) -> None:
-        ids, values = biases(row)
-        last = self._biases_of.get(slot)
-        if last is not None and np.array_equal(last[0], ids) and np.array_equal(last[1], values):
-            return
-        self._biases_of[slot] = ids, values
-        self._bias_ids[slot, : len(ids)] = ids
-        self._bias_values[slot, : len(ids)] = values
-        self._biases_on_device = None
+        forbidden = forbidden_tokens(row)
+        if self._forbidden_in.get(slot) == forbidden:
+            return  # the request's own biases never change
+        self._forbidden_in[slot] = forbidden
+        biases = [*row.sequence.params.logit_bias, *((token_id, -np.inf) for token_id in forbidden)]
+        if biases:
+            self._bias_ids[slot, : len(biases)], self._bias_values[slot, : len(biases)] = zip(
+                *biases, strict=True
+            )
+            self._biases_on_device = None
 
 
 def needs_slot(row: ScheduledRow) -> bool:
@@ -133,19 +135,16 @@ def _allowed_mask(sequence: Sequence, num_words: int) -> npt.NDArray[np.uint32]:
     return np.packbits(bits, bitorder="little").view(np.uint32)
 
 
-def biases(row: ScheduledRow) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float32]]:
-    """Token ids and what is added to their logits where the row samples: logit_bias, and −inf for tokens that
-    would complete a bad word or end the sequence before min_tokens."""
+def forbidden_tokens(row: ScheduledRow) -> list[int]:
+    """Tokens that would complete a bad word, or end the sequence before min_tokens, where the row samples."""
     sequence, params = row.sequence, row.sequence.params
     forbidden = [word[-1] for word in params.bad_words_token_ids if _ends_with(sequence, word[:-1])]
     if _is_too_short(row):
         forbidden += params.stop_token_ids
         forbidden += () if params.ignore_eos else sequence.eos_token_ids
     if forbidden and sequence.constraint is not None and not _leaves_any(sequence.constraint.mask, forbidden):
-        forbidden = []  # the constraint comes first: its only way on may be to end
-    ids = [token_id for token_id, _ in params.logit_bias] + forbidden
-    values = [bias for _, bias in params.logit_bias] + [-np.inf] * len(forbidden)
-    return np.asarray(ids, np.int32), np.asarray(values, np.float32)
+        return []  # the constraint comes first: its only way on may be to end
+    return forbidden
 
 
 def _leaves_any(mask: npt.NDArray[np.int32], forbidden: list[int]) -> bool:

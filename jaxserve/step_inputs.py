@@ -6,6 +6,7 @@ compiled program; what varies from request to request is data.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Protocol
@@ -13,6 +14,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from jaxserve.block_manager import BlockCopy
 from jaxserve.kernels.metadata import MAX_UNTILED_TOKENS, QUERY_TILE
 from jaxserve.scheduler import ScheduledRow, StepPlan
 from jaxserve.sequence import Sequence
@@ -100,18 +102,26 @@ class StepShape:
         )
 
     @cached_property
+    def _layout(self) -> list[tuple[str, slice, tuple[int, ...]]]:
+        """Name, place and shape of every input."""
+        layout, offset = [], 0
+        for name, shape in self.fields.items():
+            count = math.prod(shape)
+            layout.append((name, slice(offset, offset + count), shape))
+            offset += count
+        return layout
+
+    @cached_property
     def size(self) -> int:
         """int32 elements of the buffer."""
-        return sum(int(np.prod(shape)) for shape in self.fields.values())
+        return sum(math.prod(shape) for shape in self.fields.values())
 
     def unpack(self, buffer: Any) -> dict[str, Any]:
         """Views of (numpy) or slices of (jax) the buffer by name."""
-        views, offset = {}, 0
-        for name, shape in self.fields.items():
-            count = int(np.prod(shape))
-            views[name] = buffer[offset : offset + count].reshape(shape)
-            offset += count
-        return views
+        return {
+            name: buffer[place] if len(shape) == 1 else buffer[place].reshape(shape)
+            for name, place, shape in self._layout
+        }
 
 
 def pack_step(
@@ -133,32 +143,28 @@ def pack_step(
     inputs["num_logprobs"][:] = NO_LOGPROBS
     inputs["top_p"][:] = 1.0
     inputs["repetition"][:] = 1.0
+    ends = _pack_tokens(inputs, plan.rows, block_size)
     tiles: list[tuple[int, int]] = []
-    copies: list[tuple[int, int]] = []
+    copies: list[BlockCopy] = []
     processed: list[int] = []
-    token = num_single_tokens = num_prompt_tokens = 0
+    num_tiled_tokens = num_prompt_tokens = 0
     for s, row in enumerate(plan.rows):
-        _pack_tokens(inputs, s, row, token, block_size)
         if shape.tiled and row.num_tokens > 1:
-            tiles += [(s, first) for first in range(token, token + row.num_tokens, QUERY_TILE)]
-        else:
-            num_single_tokens += row.num_tokens
+            tiles += [(s, first) for first in range(ends[s] - row.num_tokens, ends[s], QUERY_TILE)]
+            num_tiled_tokens += row.num_tokens
         if shape.prompt_logprobs:
-            num_prompt_tokens = _pack_prompt_targets(inputs, row, token, num_prompt_tokens)
-        token += row.num_tokens
+            num_prompt_tokens = _pack_prompt_targets(inputs, row, ends[s] - row.num_tokens, num_prompt_tokens)
         copies += row.copies
-        inputs["query_start_loc"][s + 1] = token
-        inputs["logits_index"][s] = token - 1
         if row.samples:
             _pack_sampling(inputs, s, row.sequence)
             if _pack_processors(inputs, s, row, slots):
                 processed.append(s)
-    inputs["query_start_loc"][len(plan.rows) + 1 :] = token
     inputs["processed_rows"][: len(processed)] = processed
     if tiles:
         inputs["tiles"][: len(tiles)] = tiles
     if copies:
         inputs["block_copies"][: len(copies)] = copies
+    num_single_tokens = (ends[-1] if ends else 0) - num_tiled_tokens
     inputs["counts"][:] = num_single_tokens, len(tiles), len(copies), len(processed), num_prompt_tokens
     return buffer
 
@@ -167,24 +173,32 @@ FLOATS = ("temperature", "top_p", "min_p", "repetition", "frequency", "presence"
 Inputs = dict[str, npt.NDArray[np.int32]]
 
 
-def _pack_tokens(inputs: Inputs, s: int, row: ScheduledRow, token: int, block_size: int) -> None:
-    """The row's tokens from flat index `token` on, where their KV goes, and what they attend to."""
-    sequence, num_tokens, start, stop = row.sequence, row.num_tokens, row.start, row.end
-    table = inputs["block_tables"][s]
-    table[: len(sequence.block_table)] = sequence.block_table
-    inputs["seq_lens"][s] = stop
-    inputs["token_rows"][token : token + num_tokens] = s
-    if num_tokens == 1:
-        is_known = start < len(sequence)
-        inputs["token_ids"][token] = sequence.token_ids[start] if is_known else -1 - row.source_row
-        inputs["positions"][token] = start
-        inputs["slot_mapping"][token] = table[start // block_size] * block_size + start % block_size
-        return
-    positions = np.arange(start, stop, dtype=np.int32)
-    inputs["token_ids"][token : token + num_tokens] = sequence.token_ids[start:stop]
-    inputs["positions"][token : token + num_tokens] = positions
-    slots = table[positions // block_size] * block_size + positions % block_size
-    inputs["slot_mapping"][token : token + num_tokens] = slots
+def _pack_tokens(inputs: Inputs, rows: list[ScheduledRow], block_size: int) -> list[int]:
+    """The rows' tokens, where their KV goes, and what they attend to; returns the flat index behind each row."""
+    S = len(rows)
+    block_tables = inputs["block_tables"]
+    token_ids: list[int] = []
+    for s, row in enumerate(rows):
+        table = row.sequence.block_table
+        block_tables[s, : len(table)] = table
+        token_ids += row.token_ids
+    lengths = np.fromiter([row.num_tokens for row in rows], np.int32, S)
+    seq_lens = np.fromiter([row.end for row in rows], np.int32, S)
+    ends = np.cumsum(lengths, dtype=np.int32)
+    T = len(token_ids)
+    token_rows = np.repeat(np.arange(S, dtype=np.int32), lengths)
+    positions = np.arange(T, dtype=np.int32) + (seq_lens - ends)[token_rows]
+    inputs["token_ids"][:T] = token_ids
+    inputs["positions"][:T] = positions
+    inputs["token_rows"][:T] = token_rows
+    blocks = block_tables[token_rows, positions // block_size]
+    inputs["slot_mapping"][:T] = blocks * block_size + positions % block_size
+    inputs["seq_lens"][:S] = seq_lens
+    inputs["query_start_loc"][1 : S + 1] = ends
+    inputs["query_start_loc"][S + 1 :] = T
+    inputs["logits_index"][:S] = ends - 1
+    indices: list[int] = ends.tolist()
+    return indices
 
 
 def _pack_prompt_targets(inputs: Inputs, row: ScheduledRow, token: int, count: int) -> int:
@@ -200,8 +214,8 @@ def _pack_prompt_targets(inputs: Inputs, row: ScheduledRow, token: int, count: i
 
 def _pack_sampling(inputs: Inputs, s: int, sequence: Sequence) -> None:
     params = sequence.params
-    inputs["temperature"][s] = params.temperature
     if not params.greedy:
+        inputs["temperature"][s] = params.temperature
         inputs["top_p"][s], inputs["min_p"][s] = params.top_p, params.min_p
         inputs["top_k"][s] = max(params.top_k, 0)
         inputs["seed_low"][s : s + 1].view(np.uint32)[0] = sequence.seed & 0xFFFFFFFF
@@ -222,5 +236,6 @@ def _pack_processors(inputs: Inputs, s: int, row: ScheduledRow, slots: SlotLooku
         inputs["num_counted"][s] = row.end
         inputs["repetition"][s] = params.repetition_penalty
         inputs["frequency"][s], inputs["presence"][s] = params.frequency_penalty, params.presence_penalty
-    inputs["is_beam"][s] = params.use_beam_search
+    if params.use_beam_search:
+        inputs["is_beam"][s] = 1
     return bool(slot) or params.has_penalties or params.use_beam_search
