@@ -89,7 +89,8 @@ class Plan:
 
     @property
     def num_warps(self) -> int:
-        return 8 if self.Dp > 128 or self.compute_dtype == jnp.float32 else 4
+        """Of a program of a tile: its accumulator should not take more than half of a thread's registers."""
+        return 8 if self.tile_heads * QUERY_TILE * self.Dp > 64 * 128 else 4
 
     @property
     def num_stages(self) -> int:
@@ -298,7 +299,7 @@ def _attend_singles(
         (p.num_singles, p.K * p.head_groups, p.num_splits),
         operands,
         outputs,
-        plgpu.CompilerParams(num_warps=p.num_warps // 2, num_stages=p.num_stages),
+        plgpu.CompilerParams(num_warps=4, num_stages=p.num_stages),
         interpret,
         "paged_attention_decode",
     )
