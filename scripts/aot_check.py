@@ -7,6 +7,7 @@ place. It shows neither numbers nor speed. Run it as `scripts/aot_check`, which 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import re
 import sys
 import time
@@ -15,7 +16,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import NamedTuple
 
 import jax
-from aot_chips import CHIPS, abstract_mesh, device, memory, platform
+from aot_chips import CHIPS, abstract_mesh, devices, memory, platform
 from aot_programs import Program, all_kernels, all_steps, num_bytes, quick_kernels, quick_steps
 from jax.sharding import SingleDeviceSharding
 
@@ -43,11 +44,14 @@ class Result(NamedTuple):
 def compile_for(program: Program, chip: str) -> Result:
     """Lower and compile for one chip."""
     start = time.perf_counter()
-    sharding = SingleDeviceSharding(device(chip))
-    arguments = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), program.arguments
-    )
-    with jax.sharding.use_abstract_mesh(abstract_mesh(chip)):
+    arguments, context = program.arguments, contextlib.nullcontext()
+    if program.num_devices == 1:
+        sharding = SingleDeviceSharding(devices(chip)[0])
+        arguments = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), arguments
+        )
+        context = jax.sharding.use_abstract_mesh(abstract_mesh(chip))
+    with context:
         compiled = jax.jit(program.function, donate_argnums=program.donated).lower(*arguments).compile()
     says = compiled.memory_analysis()
     return Result(
@@ -73,7 +77,7 @@ def copied_argument(program: Program, hlo: str) -> str | None:
 
 def complaint(program: Program, result: Result) -> str | None:
     """What is wrong with a program that did compile."""
-    pool = num_bytes(program.arguments[program.donated])
+    pool = num_bytes(program.arguments[program.donated]) // program.num_devices
     if result.alias < pool:
         return f"the pool of {pool:,} B is copied: only {result.alias:,} B are updated in place"
     if result.temp > MAX_TEMP_SHARE * pool:
@@ -84,10 +88,10 @@ def complaint(program: Program, result: Result) -> str | None:
 
 
 def programs_for(chip: str, *, quick: bool) -> Iterator[Program]:
-    device(chip)  # made before any thread asks
     kernels, steps = (quick_kernels, quick_steps) if quick else (all_kernels, all_steps)
+    devices(chip)  # made before any thread asks
     yield from kernels(platform(chip))
-    yield from steps(platform(chip), memory(chip))
+    yield from steps(platform(chip), devices(chip), memory(chip))
 
 
 def main() -> int:
@@ -106,7 +110,7 @@ def main() -> int:
         parser.error(f"no program's name contains {args.match!r}")
     started = time.perf_counter()
     print(
-        f"jax {jax.__version__}\n{'program':<76} chip {'s':>6}", *(f"{f:>15}" for f in Result._fields[1:-1])
+        f"jax {jax.__version__}\n{'program':<84} chip {'s':>6}", *(f"{f:>15}" for f in Result._fields[1:-1])
     )
     with ThreadPoolExecutor(COMPILE_THREADS) as pool:
         results = [pool.submit(compile_for, *job) for job in jobs]
@@ -117,7 +121,7 @@ def main() -> int:
 
 def report(program: Program, chip: str, future: Future[Result]) -> bool:
     """One row of the table; False if there is something to complain about."""
-    label = f"{program.name:<76} {chip:<4}"
+    label = f"{program.name:<84} {chip:<4}"
     try:
         result = future.result()
     except (jax.errors.JaxRuntimeError, NotImplementedError, ValueError) as error:

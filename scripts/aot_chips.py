@@ -71,21 +71,25 @@ def memory(chip: str) -> int:
 
 
 @functools.cache
-def device(chip: str) -> Any:
-    """The chip as a device that one can compile for and not run on. Not to be called first by two threads at once."""
+def devices(chip: str) -> list[Any]:
+    """Chips as devices that one can compile for and not run on: a slice of TPUs, or one GPU. Not to be called first by
+    two threads at once."""
     if chip in TPUS:
-        return topologies.get_topology_desc(platform="tpu", topology_name=TPUS[chip].topology).devices[0]
+        slices = topologies.get_topology_desc(platform="tpu", topology_name=TPUS[chip].topology)
+        return list(slices.devices)
     target = _target_config(GPUS[chip])
-    return topologies.get_topology_desc(
+    one = topologies.get_topology_desc(
         platform="cuda", topology_name="", topology="1x1x1", target_config=target
-    ).devices[0]
+    )
+    return list(one.devices)
 
 
 def abstract_mesh(chip: str) -> AbstractMesh:
     """For `jax.sharding.use_abstract_mesh`: Pallas asks which chip it lowers for, and would see the CPU."""
     # a v4 or v5p is one device of two cores
-    cores = device(chip).num_cores if chip in TPUS else None
-    abstract = AbstractDevice(device(chip).device_kind, cores, "tpu" if chip in TPUS else "cuda")
+    device = devices(chip)[0]
+    cores = device.num_cores if chip in TPUS else None
+    abstract = AbstractDevice(device.device_kind, cores, "tpu" if chip in TPUS else "cuda")
     return AbstractMesh((), (), abstract_device=abstract)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -17,7 +17,7 @@ from jaxserve.kv_cache import KVCacheSpec
 from jaxserve.logits_processors import BITS, SlotTables
 from jaxserve.models.config import ModelConfig
 from jaxserve.models.llama import Llama
-from jaxserve.sharding import VocabShard
+from jaxserve.sharding import EVERYWHERE, SHARDED, DeviceGroup, VocabShard, shard_config
 from jaxserve.slot_tables import MAX_BIASES
 from jaxserve.step import ModelDefinition, Pools, make_step
 from jaxserve.step_inputs import StepShape
@@ -63,12 +63,14 @@ class Program(NamedTuple):
         function: takes the arguments.
         arguments: pytrees of jax.ShapeDtypeStruct.
         donated: which argument is the pool, to be updated in place.
+        num_devices: that share it; arguments of more than one know where they lie.
     """
 
     name: str
     function: Callable[..., Any]
     arguments: tuple[Any, ...]
     donated: int
+    num_devices: int = 1
 
 
 def num_bytes(tree: Any) -> int:
@@ -178,6 +180,7 @@ class Model(NamedTuple):
 
 def step_program(
     platform: str,
+    devices: Sequence[Any],
     memory: int,
     model: Model,
     num_tokens: int,
@@ -185,12 +188,16 @@ def step_program(
     decode_only: bool = False,
     dtype: str = "bfloat16",
 ) -> Program:
-    """The serving step as the engine compiles it for a device of so much memory."""
+    """The serving step as the engine compiles it for devices of so much memory each, among which the model is split."""
     config = ModelConfig.from_hf(model.config | {"num_hidden_layers": model.num_layers})
+    device_group = DeviceGroup(devices)
+    group, share = device_group.group, shard_config(config, len(devices))
     B, weights, struct = BLOCK_SIZES[platform], jnp.dtype(dtype), jax.ShapeDtypeStruct
-    definition = ModelDefinition.of(lambda: Llama(config, dtype=weights, max_model_len=MAX_MODEL_LEN))
+    definition = ModelDefinition.of(
+        lambda: Llama(config, dtype=weights, max_model_len=MAX_MODEL_LEN, group=group)
+    )
     leaves: list[Any] = [struct(shape, weights) for shape in definition.shapes]
-    spec = KVCacheSpec.of(config, B, weights, platform, BACKENDS[platform])
+    spec = KVCacheSpec.of(share, B, weights, platform, BACKENDS[platform])
     kv_cache_bytes = int(0.9 * memory) - RESERVED_BYTES - num_bytes(leaves)
     num_blocks = kv_cache_bytes // spec.bytes_per_block
     max_num_seqs = MAX_NUM_SEQS if kv_cache_bytes > SMALL_KV_CACHE_BYTES else SMALL_NUM_SEQS
@@ -204,20 +211,31 @@ def step_program(
     step = make_step(
         definition,
         shape,
-        VocabShard(config.vocab_size),
+        VocabShard(config.vocab_size, group),
         max_logprobs=20,
         processed_logprobs=False,
         attention_backend=BACKENDS[platform],
         unroll_layers=True,
     )
-    pools = Pools(spec.abstract(num_blocks), struct((num_blocks, B), jnp.int32))  # type: ignore[arg-type]
+    pools: Any = Pools(spec.abstract(num_blocks), struct((num_blocks, B), jnp.int32))  # type: ignore[arg-type]
     biases = (max_num_seqs + 1, MAX_BIASES)
     masks = (max_num_seqs + 1, -(-config.vocab_size // BITS))
-    tables = (struct(biases, jnp.int32), struct(biases, jnp.float32), struct(masks, jnp.uint32))
+    tables: Any = SlotTables(
+        struct(biases, jnp.int32),  # type: ignore[arg-type]
+        struct(biases, jnp.float32),  # type: ignore[arg-type]
+        struct(masks, jnp.uint32),  # type: ignore[arg-type]
+    )
     kind = "decode" if decode_only else "mixed"
-    name = f"step {model} {kind} T{num_tokens} S{shape.num_rows} {dtype}"
-    packed = struct((shape.size,), jnp.int32)
-    return Program(name, step, (leaves, pools, SlotTables(*tables), packed), donated=1)  # type: ignore[arg-type]
+    name = f"step {model} TP{len(devices)} {kind} T{num_tokens} S{shape.num_rows} {dtype}"
+    spread = device_group.spread(
+        step, in_specs=(SHARDED, SHARDED, EVERYWHERE, EVERYWHERE), out_specs=(EVERYWHERE, SHARDED)
+    )
+    everywhere: Any = (tables, struct((shape.size,), jnp.int32))
+    arguments = (
+        *device_group.abstract_shards((leaves, pools)),
+        *device_group.abstract_everywhere(everywhere),
+    )
+    return Program(name, spread, arguments, donated=1, num_devices=len(devices))
 
 
 def fits(memory: int, model: Model) -> bool:
@@ -227,20 +245,29 @@ def fits(memory: int, model: Model) -> bool:
     return int(0.9 * memory) - RESERVED_BYTES - 2 * sum(map(math.prod, shapes)) > 2 << 30
 
 
-def quick_steps(platform: str, memory: int) -> Iterator[Program]:
+def quick_steps(platform: str, devices: Sequence[Any], memory: int) -> Iterator[Program]:
     """The smallest and the largest program of a small and a large model, each cut to a few layers."""
     for name, config in MODELS.items():
-        yield step_program(platform, memory, Model(name, config, 4), 16, decode_only=True)
-        yield step_program(platform, memory, Model(name, config, 4), 2048)
+        model = Model(name, config, 4)
+        yield step_program(platform, devices[:1], memory, model, 16, decode_only=True)
+        yield step_program(platform, devices[:1], memory, model, 2048)
+    if len(devices) >= 4:
+        yield step_program(
+            platform, devices[:4], memory, Model("Llama-3.1-8B", LLAMA_3_1_8B, 4), 64, decode_only=True
+        )
 
 
-def all_steps(platform: str, memory: int) -> Iterator[Program]:
-    """With all layers, as far as the device has room for them."""
-    yield from quick_steps(platform, memory)
+def all_steps(platform: str, devices: Sequence[Any], memory: int) -> Iterator[Program]:
+    """With all layers, as far as the devices have room for them."""
+    yield from quick_steps(platform, devices, memory)
     for name, config in MODELS.items():
         model = Model(name, config, config["num_hidden_layers"])
         if fits(memory, model):
             for num_tokens in (16, 256):
-                yield step_program(platform, memory, model, num_tokens, decode_only=True)
+                yield step_program(platform, devices[:1], memory, model, num_tokens, decode_only=True)
             for num_tokens in (256, 2048):
-                yield step_program(platform, memory, model, num_tokens)
+                yield step_program(platform, devices[:1], memory, model, num_tokens)
+    if len(devices) >= 4:
+        model = Model("Llama-3.1-8B", LLAMA_3_1_8B, 32)
+        yield step_program(platform, devices[:4], memory, model, 256, decode_only=True)
+        yield step_program(platform, devices[:4], memory, model, 2048)
