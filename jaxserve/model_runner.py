@@ -17,6 +17,7 @@ from jaxserve.beam_search import Candidates
 from jaxserve.compilation import CompilationCounter, enable_compilation_cache
 from jaxserve.config import EngineConfig, SchedulerConfig
 from jaxserve.errors import ConfigError
+from jaxserve.kernels import pallas_tpu_layout
 from jaxserve.kernels.blocked_attention import TOKEN_GROUP
 from jaxserve.kernels.paged_attention import PoolShape, ServingShape, backend_for
 from jaxserve.kv_cache import CPU_DEFAULT_POOL_BYTES, KVCacheSpec, free_device_bytes, num_blocks_for
@@ -276,10 +277,8 @@ class ModelRunner:
         """The platform's, or the next larger one with which block tables stay small enough for the kernel."""
         if self.platform != "tpu":
             return defaults.block_size
-        from jaxserve.kernels import pallas_tpu  # where it runs: importing Pallas takes a while
-
         try:
-            return pallas_tpu.default_block_size(self._max_num_seqs, self.max_model_len)
+            return pallas_tpu_layout.default_block_size(self._max_num_seqs, self.max_model_len)
         except ValueError as error:
             raise ConfigError(str(error)) from None
 

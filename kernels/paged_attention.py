@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxserve.kernels import blocked_attention, reference
+from jaxserve.kernels import blocked_attention, pallas_tpu_layout, reference
 from jaxserve.kernels.metadata import AttentionMetadata
 from jaxserve.kernels.reference import QuantizedPool
 
@@ -90,25 +90,21 @@ def _plain_pool(shape: PoolShape, platform: str) -> jax.Array | QuantizedPool:
 
 
 def _pallas_tpu_pool(shape: PoolShape, _: str) -> jax.Array | QuantizedPool:
-    from jaxserve.kernels import pallas_tpu
-
     N, K, B, D, dtype = shape
-    values = _struct(pallas_tpu.pool_shape(N, K, B, D), dtype)
+    values = _struct(pallas_tpu_layout.pool_shape(N, K, B, D), dtype)
     if dtype.itemsize == 1:
-        return QuantizedPool(values, _struct(pallas_tpu.scales_shape(N, K, B), jnp.float32))
+        return QuantizedPool(values, _struct(pallas_tpu_layout.scales_shape(N, K, B), jnp.float32))
     return values
 
 
 def _unsupported_by_pallas_tpu(request: Request, platform: str) -> str | None:
     if platform != "tpu":
         return f"it runs on TPU, this is {platform}"
-    from jaxserve.kernels import pallas_tpu  # where it runs: importing Pallas takes a while
-
-    return pallas_tpu.unsupported(request.queries, request.kv_pool, request.metadata)
+    return pallas_tpu_layout.unsupported(request.queries, request.kv_pool, request.metadata)
 
 
 def _run_pallas_tpu(r: Request) -> tuple[jax.Array, jax.Array | QuantizedPool]:
-    from jaxserve.kernels import pallas_tpu
+    from jaxserve.kernels import pallas_tpu  # where it runs: importing Pallas takes a while
 
     return pallas_tpu.paged_attention(
         r.queries,
@@ -227,7 +223,7 @@ def paged_attention(
     Args:
         queries: [T, H, D].
         keys, values: [T, K, D], of this step's tokens.
-        kv_pool: [N, 2, K, B, D], or `pallas_tpu.pool_shape(…)` on TPU; quantized, if it is a QuantizedPool.
+        kv_pool: [N, 2, K, B, D], or `pallas_tpu_layout.pool_shape(…)` on TPU; quantized, if it is a QuantizedPool.
             Donate it, so that it is updated in place.
         metadata: the ragged batch.
         scale: factor of the scores, usually D ** −0.5.

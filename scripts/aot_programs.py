@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxserve.kernels import pallas_tpu
+from jaxserve.kernels import pallas_tpu_layout
 from jaxserve.kernels.metadata import MAX_UNTILED_TOKENS, QUERY_TILE, AttentionMetadata
 from jaxserve.kernels.paged_attention import PoolShape, paged_attention, pool_struct
 from jaxserve.kv_cache import KVCacheSpec
@@ -151,7 +151,7 @@ def all_kernels(platform: str) -> Iterator[Program]:
     yield from quick_kernels(platform)
     for head_dim in (64, 80, 96, 128, 256):
         for dtype in ("bfloat16", "float32"):
-            for kv_dtype in pallas_tpu.POOL_DTYPES:
+            for kv_dtype in pallas_tpu_layout.POOL_DTYPES:
                 yield kernel(
                     128, 8, 2, head_dim, dtype=dtype, kv_dtype=kv_dtype, sliding_window=1024, soft_cap=30.0
                 )

@@ -11,6 +11,7 @@ ROOT = Path(__file__).parents[1] / "jaxserve"
 RANKS = [  # from the bottom up; modules of one rank do not import each other
     "errors kernels kernels.metadata token_bound",
     "config sampling_params kernels.reference kernels.blocked_attention",
+    "kernels.pallas_tpu_layout", "kernels.pallas_tpu_common", "kernels.pallas_tpu_decode kernels.pallas_tpu_prefill",
     "constraints constraints.constraint constraints.backends", "constraints.backends.base",
     "messages constraints.text_constraint kernels.pallas_tpu kernels.pallas_triton compilation demo_model",
     "models models.config",

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxserve.block_manager import BlockCopy
-from jaxserve.kernels import pallas_tpu, reference
+from jaxserve.kernels import pallas_tpu_layout, reference
 from jaxserve.kernels.metadata import AttentionMetadata
 from jaxserve.kernels.paged_attention import (
     PoolShape,
@@ -160,7 +160,9 @@ def request(
     def struct(*shape: int, dtype: str = dtype) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, jnp.dtype(dtype))
 
-    pool = struct(8, 2, 2, 16, 64) if layout == "plain" else struct(*pallas_tpu.pool_shape(8, 2, 16, 64))
+    pool = (
+        struct(8, 2, 2, 16, 64) if layout == "plain" else struct(*pallas_tpu_layout.pool_shape(8, 2, 16, 64))
+    )
     if layout == "quantized":
         values = struct(8, 2, 2, 16, 64, dtype="int8")
         pool = QuantizedPool(values, struct(8, 2, 2, 16, dtype="float32"))

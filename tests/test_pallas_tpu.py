@@ -22,7 +22,10 @@ from jax._src.pallas.mosaic.interpret import (
 )  # the races it found are not public
 from jax.experimental.pallas import tpu as pltpu
 
-from jaxserve.kernels import pallas_tpu
+from jaxserve.kernels import pallas_tpu, pallas_tpu_decode, pallas_tpu_layout, pallas_tpu_prefill
+from jaxserve.kernels.pallas_tpu_common import Step
+from jaxserve.kernels.pallas_tpu_decode import SingleTokens
+from jaxserve.kernels.pallas_tpu_prefill import LongRows
 from jaxserve.kernels.reference import QuantizedPool, quantize_kv
 from tests.attention_cases import Case, Variant, draw_case
 
@@ -53,20 +56,20 @@ QUICK = (*DECODE[:5], *MIXED[:5])
 def packed(pool: jax.Array | QuantizedPool) -> jax.Array | QuantizedPool:
     """The plain layout → the kernel's; lanes that no scale is in are NaN."""
     if not isinstance(pool, QuantizedPool):
-        return pallas_tpu.pack_pool(pool)
+        return pallas_tpu_layout.pack_pool(pool)
     N, _, K, B = pool.scales.shape
-    spare = pallas_tpu.scales_shape(N, K, B)[3] - B
+    spare = pallas_tpu_layout.scales_shape(N, K, B)[3] - B
     scales = jnp.pad(
         pool.scales.transpose(0, 2, 1, 3), ((0, 0),) * 3 + ((0, spare),), constant_values=jnp.nan
     )
-    return QuantizedPool(pallas_tpu.pack_pool(pool.values), scales)
+    return QuantizedPool(pallas_tpu_layout.pack_pool(pool.values), scales)
 
 
 def unpacked(pool: jax.Array | QuantizedPool, variant: Variant) -> jax.Array | QuantizedPool:
     if not isinstance(pool, QuantizedPool):
-        return pallas_tpu.unpack_pool(pool, variant.D)
+        return pallas_tpu_layout.unpack_pool(pool, variant.D)
     scales = pool.scales[..., : variant.B].transpose(0, 2, 1, 3)
-    return QuantizedPool(pallas_tpu.unpack_pool(pool.values, variant.D), scales)
+    return QuantizedPool(pallas_tpu_layout.unpack_pool(pool.values, variant.D), scales)
 
 
 def run(case: Case, kernel: Callable[..., Any] | None = None) -> tuple[np.ndarray, jax.Array | QuantizedPool]:
@@ -185,8 +188,13 @@ def broken_batch(variant: Variant) -> Case:
 @pytest.mark.parametrize("variant", [DECODE[0], MIXED[0]], ids=str)
 def test_one_buffer_instead_of_two_is_a_race(variant: Variant, monkeypatch: pytest.MonkeyPatch) -> None:
     """The next chunk is fetched into the buffer that is being used."""
-    for name in ("start_chunk", "wait_chunk", "_insert", "_update_single", "_update_tile"):
-        monkeypatch.setattr(pallas_tpu._Step, name, with_slot_zero(getattr(pallas_tpu._Step, name)))
+    for part, names in (
+        (Step, ("start_chunk", "wait_chunk")),
+        (SingleTokens, ("_insert", "_update_single")),
+        (LongRows, ("_update_tile",)),
+    ):
+        for name in names:
+            monkeypatch.setattr(part, name, with_slot_zero(getattr(part, name)))
     run(broken_batch(variant), build(variant))
     assert races_found()
 
@@ -195,8 +203,8 @@ def test_one_buffer_instead_of_two_is_a_race(variant: Variant, monkeypatch: pyte
 def test_using_a_chunk_before_waiting_for_it_is_caught(
     variant: Variant, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    wait_chunk, update_name = pallas_tpu._Step.wait_chunk, "_update_single"
-    update = getattr(pallas_tpu._Step, update_name)
+    wait_chunk, update_name = Step.wait_chunk, "_update_single"
+    update = getattr(SingleTokens, update_name)
     waits: list[Any] = []
 
     def use_and_wait(self: Any, *args: Any) -> None:
@@ -204,14 +212,14 @@ def test_using_a_chunk_before_waiting_for_it_is_caught(
         wait_chunk(self, *waits.pop(0))
 
     def wait_later(self: Any, *args: Any) -> None:
-        if waits or hasattr(self, "late"):  # tiles, which come after the single tokens, stay right
+        if waits or hasattr(self, "late"):
             wait_chunk(self, *args)
         else:
             self.late = True
             waits.append(args)
 
-    monkeypatch.setattr(pallas_tpu._Step, "wait_chunk", wait_later)
-    monkeypatch.setattr(pallas_tpu._Step, update_name, use_and_wait)
+    monkeypatch.setattr(SingleTokens, "wait_chunk", wait_later)
+    monkeypatch.setattr(SingleTokens, update_name, use_and_wait)
     case = broken_batch(variant)
     out, _ = run(case, build(variant))
     assert races_found() or not np.isfinite(out).all()
@@ -225,7 +233,7 @@ def test_using_a_chunk_before_waiting_for_it_is_caught(
 def test_a_mask_that_is_off_by_one_is_caught(
     variant: Variant, off_by_one: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    visible = pallas_tpu._visible
+    visible = pallas_tpu_prefill.is_visible
 
     def broken(kv_positions: Any, q_positions: Any, window: int | None) -> Any:
         assert window is not None
@@ -233,7 +241,8 @@ def test_a_mask_that_is_off_by_one_is_caught(
             return visible(kv_positions, q_positions, window - 1)
         return visible(kv_positions, q_positions + (1 if off_by_one == "future" else -1), window)
 
-    monkeypatch.setattr(pallas_tpu, "_visible", broken)
+    for part in (pallas_tpu_decode, pallas_tpu_prefill):
+        monkeypatch.setattr(part, "is_visible", broken)
     rows = [(57, 1), (130, 1)] if variant.decode_only else [(57, 1), (90, 20), (0, 30)]
     case = Case(variant, rows, seed=1)
     out, _ = run(case, build(variant, races=False))
@@ -289,20 +298,20 @@ def test_a_window_reads_hardly_more_than_the_window(moved: list[tuple[int, ...]]
     [(64, 8192, 128), (256, 98_304, 128), (256, 131_072, 256), (1, 1_000_000, 128)],
 )
 def test_the_block_grows_with_the_context(max_num_seqs: int, max_model_len: int, expected: int) -> None:
-    assert pallas_tpu.default_block_size(max_num_seqs, max_model_len) == expected
+    assert pallas_tpu_layout.default_block_size(max_num_seqs, max_model_len) == expected
 
 
 def test_tables_beyond_scalar_memory_are_refused() -> None:
     with pytest.raises(ValueError, match="lower --max-num-seqs or --max-model-len"):
-        pallas_tpu.default_block_size(1024, 1_000_000)
+        pallas_tpu_layout.default_block_size(1024, 1_000_000)
 
 
 @pytest.mark.parametrize("head_dim", [16, 64, 80, 96, 128, 256])
 def test_packing_a_pool_loses_nothing(head_dim: int) -> None:
     pool = jnp.arange(3 * 2 * 2 * 16 * head_dim, dtype=jnp.float32).reshape(3, 2, 2, 16, head_dim)
-    packed = pallas_tpu.pack_pool(pool)
-    assert packed.shape == pallas_tpu.pool_shape(3, 2, 16, head_dim)
-    np.testing.assert_array_equal(pallas_tpu.unpack_pool(packed, head_dim), pool)
+    packed = pallas_tpu_layout.pack_pool(pool)
+    assert packed.shape == pallas_tpu_layout.pool_shape(3, 2, 16, head_dim)
+    np.testing.assert_array_equal(pallas_tpu_layout.unpack_pool(packed, head_dim), pool)
 
 
 @pytest.mark.parametrize(
@@ -319,7 +328,7 @@ def test_packing_a_pool_loses_nothing(head_dim: int) -> None:
 def test_says_why_it_does_not_fit(change: dict[str, Any], reason: str) -> None:
     v = dataclasses.replace(Variant(8, 16, 4, 2, 64), **change)
     q, kv = jnp.zeros((v.T, v.H, v.D), v.dtype), jnp.zeros((v.T, v.K, v.D), v.dtype)
-    pool = jnp.zeros(pallas_tpu.pool_shape(4, v.K, v.B, v.D), v.kv_dtype)
+    pool = jnp.zeros(pallas_tpu_layout.pool_shape(4, v.K, v.B, v.D), v.kv_dtype)
     metadata = Case(Variant(8, 16, 4, 2, 64), [(0, 1)], seed=0).metadata
     with pytest.raises(ValueError, match=reason):
         pallas_tpu.paged_attention(q, kv, kv, pool, metadata, scale=1.0, interpret=True)
