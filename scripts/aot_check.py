@@ -65,14 +65,15 @@ def compile_for(program: Program, chip: str) -> Result:
 
 
 def copied_argument(program: Program, hlo: str) -> str | None:
-    """Type of a large argument that the compiled program copies: a weight in a layout that it does not like."""
+    """Type of a large argument that the compiled program copies within its main memory: a weight in a layout that it
+    does not like. (To bring one into vector memory, S(1), is to use it.)"""
     large = {
         f"{SHORT_NAMES[x.dtype.name]}[{','.join(map(str, x.shape))}]"
         for x in jax.tree.leaves(program.arguments)
         if num_bytes(x) >= LARGE_BYTES and x.dtype.name in SHORT_NAMES
     }
-    copies = re.findall(r"= (\w+\[[\d,]+\])\S* copy\(", hlo)
-    return next((copy for copy in copies if copy in large), None)
+    copies = re.findall(r"= (\w+\[[\d,]+\])(\S*) copy\(", hlo)
+    return next((shape for shape, layout in copies if shape in large and "S(" not in layout), None)
 
 
 def complaint(program: Program, result: Result) -> str | None:
