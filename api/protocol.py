@@ -349,16 +349,30 @@ class LogitBias(Kind):
             raise RequestError(f"{at} {'; '.join(found)}.", param=at)
 
     def json_schema(self) -> JsonSchema:
-        """That the ids are in the vocabulary is more than it can say."""
         return {
             "type": "object",
-            "propertyNames": {"pattern": f"^[0-9]{{1,{MAX_TOKEN_ID_CHARS}}}$"},
+            "propertyNames": {
+                "pattern": decimal_pattern(self.vocab_size - 1),
+                "maxLength": MAX_TOKEN_ID_CHARS,
+            },
             "additionalProperties": {"type": "number", "minimum": -100, "maximum": 100},
             "maxProperties": MAX_LOGIT_BIASES,
         }
 
     def _is_token_id(self, key: str) -> bool:
         return len(key) <= MAX_TOKEN_ID_CHARS and 0 <= int(key) < self.vocab_size
+
+
+def decimal_pattern(maximum: int) -> str:
+    """A regular expression for the integers from 0 to `maximum`, with or without zeros in front."""
+    digits = str(maximum)
+    shorter = [f"[0-9]{{1,{len(digits) - 1}}}"] if len(digits) > 1 else []
+    smaller = [
+        f"{digits[:i]}[0-{int(digit) - 1}][0-9]{{{len(digits) - i - 1}}}"
+        for i, digit in enumerate(digits)
+        if digit != "0"
+    ]
+    return f"^0*(?:{'|'.join([*shorter, *smaller, digits])})$"
 
 
 # Tables

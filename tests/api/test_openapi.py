@@ -7,6 +7,7 @@ import base64
 import html.parser
 import json
 import math
+import re
 from collections.abc import Iterator
 from hashlib import sha256
 from pathlib import Path
@@ -28,6 +29,7 @@ from jaxserve.api.protocol import (
     ProtocolConfig,
     chat_table,
     completion_table,
+    decimal_pattern,
     detokenize_table,
     tokenize_messages_table,
 )
@@ -333,6 +335,16 @@ def test_a_field_is_accepted_exactly_if_its_schema_allows_it(
     if known is None and value is None:
         return  # null is absence, also of a field that is not served
     assert accepts(table, body) == validator.is_valid(body), body
+
+
+@pytest.mark.parametrize("maximum", [0, 7, 9, 10, 99, 100, 259, 1009, 2000])
+def test_a_pattern_matches_the_decimal_numbers_up_to_its_maximum(maximum: int) -> None:
+    pattern = re.compile(decimal_pattern(maximum))
+    matched = [number for number in range(12_000) if pattern.search(str(number))]
+    assert matched == list(range(maximum + 1))
+    assert pattern.search(f"00{maximum}")
+    for text in ("", "-1", "+1", "1.0", " 1", "a"):
+        assert not pattern.search(text)
 
 
 def test_fields_that_are_not_served_are_not_in_it() -> None:
