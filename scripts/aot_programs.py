@@ -217,7 +217,8 @@ def step_program(
         attention_backend=BACKENDS[platform],
         unroll_layers=True,
     )
-    pools: Any = Pools(spec.abstract(num_blocks), struct((num_blocks, B), jnp.int32))  # type: ignore[arg-type]
+    tokens, sampled = struct((num_blocks, B), jnp.int32), struct((max_num_seqs,), jnp.int32)
+    pools: Any = Pools(spec.abstract(num_blocks), tokens, sampled)  # type: ignore[arg-type]
     biases = (max_num_seqs + 1, MAX_BIASES)
     masks = (max_num_seqs + 1, -(-config.vocab_size // BITS))
     tables: Any = SlotTables(
