@@ -16,7 +16,14 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-SHELL_SCRIPTS = (".ci/run", "scripts/_environment.sh", "scripts/check", "scripts/serve", "scripts/test")
+SHELL_SCRIPTS = (
+    ".ci/run",
+    "scripts/_environment.sh",
+    "scripts/aot_check",
+    "scripts/check",
+    "scripts/serve",
+    "scripts/test",
+)
 LIMIT_S = 30
 
 # `python -m pip …` and `-m jaxserve.demo_model` are noted; the server notes its process id and waits for a signal.
