@@ -33,6 +33,7 @@ def main() -> int:
         runner = ModelRunner(config, lambda line: logger.info("%s", line))
         logger.info("process %d follows process 0", config.process_id)
         runner.follow()
+        runner.close()
     except (ConfigError, ModelLoadError) as error:
         print(f"jaxserve: {error}", file=sys.stderr)
         return 2
@@ -45,4 +46,4 @@ def main() -> int:
 if __name__ == "__main__":
     status = main()
     sys.stderr.flush()
-    os._exit(status)  # process 0 is gone: nothing is left to be said to it
+    os._exit(status)  # XLA's own threads need no farewell

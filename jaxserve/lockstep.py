@@ -39,7 +39,7 @@ JOIN_LIMIT_S = 300  # for all processes to have started
 CONNECT_LIMIT_S = 60.0  # for them to reach each other's sockets after that
 GREETING_LIMIT_S = 5.0  # for whoever connects to say who it is
 HEARTBEAT_LIMIT_S = 30  # jax.distributed's own watch, where a machine is gone without a word
-END_LIMIT_S = 5.0  # for the others to end when they are told to
+END_LIMIT_S = 10  # for all to end together
 OWN_FIELDS = (
     "model",
     "tokenizer",
@@ -127,7 +127,7 @@ class Lockstep:
         """Tell the others to run a step of the runner's `shape`-th shape."""
 
     def close(self) -> None:
-        """Tell the others to end, and see them gone."""
+        """End together with the others."""
 
 
 class Leader(Lockstep):
@@ -154,12 +154,9 @@ class Leader(Lockstep):
             _broadcast(secret + listener.getsockname()[1].to_bytes(2, "little"))
             self._followers = self._accept(listener, secret, config.num_processes - 1)
         hello = Hello(dataclasses.asdict(config), jax.__version__)
-        self._watchers: list[threading.Thread] = []
         for process_id, follower in self._followers.items():
             _send(follower, hello)
-            watcher = threading.Thread(target=self._watch, args=(process_id, follower), daemon=True)
-            watcher.start()
-            self._watchers.append(watcher)
+            threading.Thread(target=self._watch, args=(process_id, follower), daemon=True).start()
         atexit.register(self.close)  # in a script, whose engine has no other end
 
     def least(self, value: int) -> int:
@@ -185,8 +182,7 @@ class Leader(Lockstep):
             return
         self._closing = True
         self._send_all(End())
-        for watcher in self._watchers:  # jax.distributed would call it a crash if this process went first
-            watcher.join(END_LIMIT_S)
+        jax.distributed.shutdown()  # waits for the others to do the same
 
     def _send_all(self, frame: Frame) -> None:
         data = _encode(frame)
@@ -266,6 +262,9 @@ class Follower(Lockstep):
         _send(self._socket, Ready(programs))
         self._go.wait()  # if process 0 is lost, this one ends
 
+    def close(self) -> None:
+        jax.distributed.shutdown()
+
     def frames(self) -> Iterator[Table | Step]:
         """What process 0 does, until it is told to end."""
         while not isinstance(frame := self._frames.get(), End):
@@ -303,6 +302,7 @@ def join(config: EngineConfig, on_loss: OnLoss = end_process) -> Lockstep:
             coordinator_bind_address=address,
             initialization_timeout=JOIN_LIMIT_S,
             heartbeat_timeout_seconds=HEARTBEAT_LIMIT_S,
+            shutdown_timeout_seconds=END_LIMIT_S,
         )
     except jax.errors.JaxRuntimeError as error:
         raise ConfigError(

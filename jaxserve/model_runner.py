@@ -226,7 +226,7 @@ class ModelRunner:
                     tables = tables._replace(**{frame.name: self.devices.put_everywhere(table)})
 
     def close(self) -> None:
-        """End the other processes, if there are any."""
+        """End together with the other processes, if there are any."""
         self._others.close()
 
     def describe_kv_cache(self) -> str:
