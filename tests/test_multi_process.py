@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import socket
 import subprocess
@@ -38,18 +39,23 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_tiny_model(tmp_path_factory.mktemp("tiny") / "model")
 
 
-@contextlib.contextmanager
-def two_processes(
-    model: Path, tokenizer: Path, directory: Path, other_model: Path | None = None, *, ready: bool = True
-) -> Iterator[tuple[ServerProcess, subprocess.Popen[bytes]]]:
-    """A server whose engine has two devices here and two in a follower. The second start finds its programs."""
+def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{probe.getsockname()[1]}"
+        port: int = probe.getsockname()[1]
+        return port
+
+
+@contextlib.contextmanager
+def two_processes(
+    model: Path, tokenizer: Path, directory: Path
+) -> Iterator[tuple[ServerProcess, subprocess.Popen[bytes]]]:
+    """A server whose engine has two devices here and two in a follower."""
+    address = f"127.0.0.1:{free_port()}"
     flags = ["--tokenizer", str(tokenizer), "--served-model-name", "tiny"]
     flags += ["--tensor-parallel-size", "4", "--coordinator-address", address, "--num-processes", "2"]
     environment = TWO_DEVICES | {"JAXSERVE_CACHE": str(model.parent / "cache")}
-    command = [sys.executable, "-m", "jaxserve.api", "--model", str(other_model or model), *flags]
+    command = [sys.executable, "-m", "jaxserve.api", "--model", str(model), *flags]
     with (directory / "follower.log").open("wb") as log:
         follower = subprocess.Popen(
             [*command, "--process-id", "1"], stderr=log, cwd=directory, env=os.environ | environment
@@ -57,7 +63,7 @@ def two_processes(
     limits = [f"--{name.replace('_', '-')}={value}" for name, value in LIMITS.items()]
     try:
         with running_server(
-            directory / "log", "--model", str(model), *flags, *limits, ready=ready, **environment
+            directory / "log", "--model", str(model), *flags, *limits, **environment
         ) as server:
             yield server, follower
     finally:
@@ -73,7 +79,7 @@ def completion(server: ServerProcess, prompt: list[int], **options: Any) -> list
     return [int(token.removeprefix("token_id:")) for token in tokens]
 
 
-def test_two_processes_serve_what_one_does_and_end_together(
+def test_two_processes_serve_what_one_does_until_one_of_them_dies(
     model: Path, demo_model_path: Path, tmp_path: Path
 ) -> None:
     llm = LLM(str(model), skip_tokenizer=True, compilation_cache=False, **LIMITS)
@@ -90,15 +96,6 @@ def test_two_processes_serve_what_one_does_and_end_together(
             found = list(executor.map(lambda case: completion(server, case[0], **case[1]), cases))
         assert found == expected
         assert server.metric("xla_compilations_total") == 0
-        server.process.terminate()
-        assert server.process.wait(EXIT_LIMIT_S) == 0
-        assert follower.wait(EXIT_LIMIT_S) == 0, (tmp_path / "follower.log").read_text()
-
-
-def test_a_follower_that_dies_takes_the_engine_with_it(
-    model: Path, demo_model_path: Path, tmp_path: Path
-) -> None:
-    with two_processes(model, demo_model_path, tmp_path) as (server, follower):
         engine = server.engine
         with ThreadPoolExecutor(1) as executor:
             body = {"model": "tiny", "prompt": [5, 6], "max_tokens": 250, "n": 64, "ignore_eos": True}
@@ -113,15 +110,69 @@ def test_a_follower_that_dies_takes_the_engine_with_it(
         engine.wait(EXIT_LIMIT_S)
 
 
-def test_processes_with_different_models_end_before_a_step_hangs(
-    model: Path, demo_model_path: Path, tmp_path: Path
-) -> None:
-    other = write_tiny_model(tmp_path / "other", "attention bias")
-    with two_processes(model, demo_model_path, tmp_path, other, ready=False) as (server, follower):
-        assert server.process.wait(EXIT_LIMIT_S) == 2
-        assert "Process 1 has another model" in server.log.read_text().splitlines()[-1]
-        assert follower.wait(EXIT_LIMIT_S) == 1
-        assert "Process 0 has ended" in (tmp_path / "follower.log").read_text()
+# --- lockstep, without a model -----------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def lockstep(*programs: str) -> Iterator[list[subprocess.Popen[str]]]:
+    """Processes 0 and 1, which have compiled these."""
+    address = f"127.0.0.1:{free_port()}"
+    root = Path(__file__).parents[1]
+    command = [sys.executable, "-m", "tests.lockstep_process", address]
+    processes = [
+        subprocess.Popen(
+            [*command, str(process_id), programs[process_id]],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            cwd=root,
+            env=os.environ | {"PYTHONPATH": str(root)},
+        )
+        for process_id in range(2)
+    ]
+    try:
+        yield processes
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+            for pipe in (process.stdin, process.stdout, process.stderr):
+                if pipe is not None:
+                    pipe.close()
+
+
+def lines(process: subprocess.Popen[str], count: int) -> list[str]:
+    """What a process says next; XLA's collectives write there, too."""
+    assert process.stdout is not None
+    said = (line.strip() for line in process.stdout)
+    return list(itertools.islice((line[2:] for line in said if line.startswith("> ")), count))
+
+
+def test_followers_take_the_configuration_are_told_everything_in_order_and_end_with_process_0() -> None:
+    with lockstep("the same", "the same") as (leader, follower):
+        assert lines(leader, 1) == ["model 0 11 99"]
+        assert lines(follower, 3) == ["model 1 11 99", "Table [0, 1, 2]", "Step [99998, 99999]"]
+        assert leader.stdin is not None
+        leader.stdin.close()
+        assert (leader.wait(EXIT_LIMIT_S), follower.wait(EXIT_LIMIT_S)) == (0, 0)
+
+
+@pytest.mark.parametrize("dead", [0, 1])
+def test_whoever_loses_another_says_so_and_ends(dead: int) -> None:
+    with lockstep("the same", "the same") as processes:
+        lines(processes[1], 3)
+        processes[dead].kill()
+        survivor = processes[1 - dead]
+        assert survivor.wait(EXIT_LIMIT_S) == 1
+        assert survivor.stderr is not None
+        assert f"Process {dead} has ended; its own log says why." in survivor.stderr.read()
+
+
+def test_different_programs_are_found_before_one_of_them_hangs() -> None:
+    with lockstep("a llama", "another") as (leader, follower):
+        assert lines(leader, 2)[1] == "Process 1 has another model: it made another, process 0 a llama."
+        assert (leader.wait(EXIT_LIMIT_S), follower.wait(EXIT_LIMIT_S)) == (2, 1)
 
 
 # --- flags -------------------------------------------------------------------------------------------------
