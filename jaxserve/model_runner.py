@@ -214,15 +214,17 @@ class ModelRunner:
         """Run what process 0 runs, until it is told to end. For the other processes."""
         assert isinstance(self._others, Follower), "process 0 runs steps"
         tables = self._slots.on_device()
+        last: StepOutputs | None = None
         for frame in self._others.frames():
             match frame:
                 case Step():
                     packed = np.frombuffer(frame.packed, np.int32)
                     outputs = self._execute(self.shapes[frame.shape], packed, tables)
-                    jax.block_until_ready(outputs)
+                    jax.block_until_ready(last)  # one step ahead, as process 0 is
+                    last = outputs
                 case Table():
-                    last = getattr(tables, frame.name)
-                    table = np.frombuffer(frame.data, last.dtype).reshape(last.shape)
+                    old = getattr(tables, frame.name)
+                    table = np.frombuffer(frame.data, old.dtype).reshape(old.shape)
                     tables = tables._replace(**{frame.name: self.devices.put_everywhere(table)})
 
     def close(self) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 
 NUM_DEVICES = 8
 VOCAB_SIZE = 300  # no multiple of the number of devices
+MAX_TOKENS = 32
 KV_HEADS_AND_DEVICES = [(2, 1), (2, 2), (2, 4), (2, 8), (1, 1), (1, 8), (8, 1), (8, 4)]
 
 
@@ -79,8 +80,9 @@ def main() -> None:
     os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={NUM_DEVICES}"
     from jaxserve import LLM, SamplingParams, model_runner
 
-    model_runner.MAX_PROGRAMS = 2  # type: ignore[misc]
-    model_runner.COMPILE_THREADS = 1  # type: ignore[misc]
+    # one program is enough: what differs between buckets is no matter of devices
+    defaults = model_runner.PLATFORM_DEFAULTS["cpu"]
+    model_runner.PLATFORM_DEFAULTS["cpu"] = defaults._replace(smallest_buckets=(MAX_TOKENS,))
     rng = random.Random(0)
     prefixes = [[rng.randrange(VOCAB_SIZE) for _ in range(40)] for _ in range(3)]
     prompts, params = [], []
@@ -95,7 +97,7 @@ def main() -> None:
             skip_tokenizer=True,
             load_format="dummy",
             max_num_seqs=16,
-            max_num_batched_tokens=32,
+            max_num_batched_tokens=MAX_TOKENS,
             block_size=8,
             kv_cache_memory_bytes=4 << 20,
             compilation_cache=False,
