@@ -102,6 +102,7 @@ def main() -> None:
             kv_cache_memory_bytes=4 << 20,
             compilation_cache=False,
             tensor_parallel_size=num_devices,
+            async_scheduling=num_devices > 1,
         )
         outputs = llm.generate(prompts, params)
         results[f"{num_kv_heads} kv heads on {num_devices}"] = [
