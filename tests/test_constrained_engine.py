@@ -13,7 +13,7 @@ from typing import Any, Literal
 import jsonschema
 import pytest
 from outlines import types
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, Field, TypeAdapter
 
 from jaxserve import LLM, SamplingParams
 from jaxserve.constraints.constraint import CompiledConstraint, Constraint
@@ -194,6 +194,11 @@ class Person(BaseModel):
     age: int = Field(ge=0, le=99)
 
 
+class Animal(BaseModel):
+    kind: Literal["cat", "dog"]
+    friend: Person | None
+
+
 class Mood(Enum):
     GOOD = "good"
     BAD = "not good"
@@ -212,6 +217,7 @@ ASKED: dict[str, tuple[Any, Callable[[str], object]]] = {
     "terms": ("n=" + types.integer + (types.digit | "!"), re.compile(r"n=[+-]?(0|[1-9]\d*)(\d|!)").fullmatch),
     "a schema": (types.JsonSchema(SCHEMA), lambda text: is_valid("json_schema", text)),
     "a model": (Person, is_person),
+    "models": (Person | Animal, lambda text: TypeAdapter(Person | Animal).validate_json(text)),
     "a grammar": (types.CFG('start: "(" start ")" | "x"'), re.compile(r"\(*x\)*").fullmatch),
     "a type": (bool, lambda text: text in ("True", "False")),
     "a list": (list[int], re.compile(r"\[[-+]?\d+(, [-+]?\d+)*\]").fullmatch),

@@ -145,6 +145,15 @@ def test_every_text_is_valid_under_the_schema(schema: dict[str, Any]) -> None:
             ['"2023-02-29"', '"1900-02-29"'],
         ),
         (
+            {
+                "type": "object",
+                "properties": {"a": INTEGER, "ab": INTEGER},
+                "propertyNames": {"minLength": 2, "maxLength": 3},
+            },
+            ["{}", '{"ab": 1}', '{"é\\n😀": 1}', '{"ab": 1, "cd": 2}'],
+            ['{"a": 1}', '{"": 1}', '{"abcd": 1}'],
+        ),
+        (
             {"type": "string", "format": "hostname"},
             ['"a.b-c.d"', f'"{".".join(["a" * 62] * 4)}.b"'],
             ['"a..b"', '"-a"', f'"{"a" * 64}"', f'"{".".join(["a" * 62] * 4)}.bb"'],
@@ -221,7 +230,8 @@ REFUSALS = [
     ({"type": "string", "format": "regex"}, "format 'regex' is not supported, only date"),
     ({"type": "string", "format": "duration"}, "format 'duration'"),
     ({"type": "object", "minProperties": 2}, "minProperties is only supported"),
-    ({"propertyNames": {"minLength": 2}}, "propertyNames is only supported"),
+    ({"propertyNames": {"format": "uuid"}}, "propertyNames is only supported"),
+    ({"propertyNames": {"minLength": 3, "maxLength": 2}}, "wrong way round"),
     ({"oneOf": [INTEGER, {"type": "number"}]}, "oneOf"),
     ({"oneOf": [{"minimum": 0, "maximum": 5}, {"minimum": 5}], "type": "integer"}, "oneOf"),
     ({"oneOf": [{"enum": [1, 2]}, {"const": 2.0}]}, "oneOf"),

@@ -292,13 +292,18 @@ class _Normalizer:
         if not rules:
             return
         additional = result.get("additionalProperties", True)
+        if rules.keys() <= {"minLength", "maxLength"}:
+            low = _count(rules.get("minLength", 0), f"{at}/minLength")
+            high = _count(rules["maxLength"], f"{at}/maxLength") if "maxLength" in rules else ""
+            rules = {"pattern": f"^(?s:.){{{low},{high}}}$"}
         if (
             "patternProperties" in result
             or len(rules) > 1
             or not rules.keys() <= {"enum", "const", "pattern"}
         ):
+            what = "enum, const, pattern and a length"
             raise ConstraintError(
-                f"The keyword propertyNames is only supported with one of enum, const and pattern (at #{at})."
+                f"The keyword propertyNames is only supported with one of {what} (at #{at})."
             )
         properties = result.get("properties", {})
         if "pattern" in rules:

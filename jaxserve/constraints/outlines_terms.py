@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from typing import Any
+from types import UnionType
+from typing import Any, Union, get_args, get_origin
 
 from jaxserve.constraints.constraint import DEFAULT_WHITESPACE, Constraint, ConstraintError
 
@@ -20,8 +21,8 @@ def to_constraint(value: object) -> Constraint:
 
     Args:
         value: a `Constraint`; a term of `outlines.types`; or a type as outlines takes them: a pydantic model, a
-            dataclass, a TypedDict, an Enum, `Literal[…]`, `int`, `list[…]`, a function whose arguments are meant.
-            `dict` is any JSON object.
+            dataclass, a TypedDict, a union of these, an Enum, `Literal[…]`, `int`, `list[…]`, a function whose
+            arguments are meant. `dict` is any JSON object.
 
     Raises:
         ConstraintError: outlines does not know it, or it cannot be enforced exactly.
@@ -34,8 +35,11 @@ def to_constraint(value: object) -> Constraint:
         )
     if value is dict:
         return Constraint(kind="json_object")
-    from outlines.types.dsl import python_types_to_terms
+    from outlines.types.dsl import JsonSchema, python_types_to_terms
+    from pydantic import TypeAdapter
 
+    if get_origin(value) in (Union, UnionType) and all(map(JsonSchema.is_json_schema, get_args(value))):
+        return Constraint(kind="json_schema", text=json.dumps(TypeAdapter(value).json_schema()))
     try:
         term = python_types_to_terms(value)
     except (TypeError, ValueError, RecursionError) as error:
