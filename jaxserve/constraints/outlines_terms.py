@@ -16,7 +16,7 @@ from typing import Any, Union, get_args, get_origin
 from jaxserve.constraints.constraint import DEFAULT_WHITESPACE, Constraint, ConstraintError
 
 
-def to_constraint(value: object) -> Constraint:
+def to_constraint(value: Any) -> Constraint:
     """What a caller in Python asks of a text.
 
     Args:
