@@ -15,16 +15,16 @@ except ImportError:  # not public in every version
 
 
 class TPU(NamedTuple):
-    """`memory`: bytes of one device, of which a v7x chip shows two."""
+    """`memory`: what the compiler lets a program of one device use; of a v4 or v5p, that is half of the chip's."""
 
     topology: str  # of the smallest slice
     memory: int
 
 
 TPUS = {
-    "v4": TPU("v4:2x2x1", 32 << 30),
+    "v4": TPU("v4:2x2x1", 16 << 30),
     "v5e": TPU("v5e:2x2", 16 << 30),
-    "v5p": TPU("v5p:2x2x1", 95 << 30),
+    "v5p": TPU("v5p:2x2x1", 47 << 30),
     "v6e": TPU("v6e:2x2", 32 << 30),
     "v7x": TPU("tpu7x:2x2x1", 96 << 30),
 }

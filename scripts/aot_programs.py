@@ -247,15 +247,10 @@ def fits(memory: int, model: Model) -> bool:
 
 
 def quick_steps(platform: str, devices: Sequence[Any], memory: int) -> Iterator[Program]:
-    """The smallest and the largest program of a small and a large model, each cut to a few layers."""
-    for name, config in MODELS.items():
-        model = Model(name, config, 4)
-        yield step_program(platform, devices[:1], memory, model, 16, decode_only=True)
-        yield step_program(platform, devices[:1], memory, model, 2048)
-    if len(devices) >= 4:
-        yield step_program(
-            platform, devices[:4], memory, Model("Llama-3.1-8B", LLAMA_3_1_8B, 4), 64, decode_only=True
-        )
+    """The smallest program of a small model and the largest of a large one, each cut to a few layers."""
+    small, large = (Model(name, config, 4) for name, config in MODELS.items())
+    yield step_program(platform, devices[:1], memory, small, 16, decode_only=True)
+    yield step_program(platform, devices[:1], memory, large, 2048)
 
 
 def all_steps(platform: str, devices: Sequence[Any], memory: int) -> Iterator[Program]:
