@@ -11,11 +11,9 @@ from __future__ import annotations
 import atexit
 import contextlib
 import dataclasses
-import hmac
 import logging
 import os
 import queue
-import secrets
 import socket
 import sys
 import threading
@@ -34,11 +32,12 @@ from jaxserve.errors import ConfigError
 from jaxserve.messages import FRAME_HEADER
 
 logger = logging.getLogger("jaxserve.engine")
-SECRET_BYTES = 32
-JOIN_LIMIT_S = 300  # for all processes to have started
-CONNECT_LIMIT_S = 60.0  # for them to reach each other's sockets after that
+GREETING = b"jaxserve"  # then the process's id in two bytes
+JOIN_LIMIT_S = 300.0  # for all processes to have started
 GREETING_LIMIT_S = 5.0  # for whoever connects to say who it is
-HEARTBEAT_LIMIT_S = 30  # jax.distributed's own watch, where a machine is gone without a word
+KNOCK_INTERVAL_S = 0.2  # of a process that waits for process 0 to have started
+INITIALIZATION_LIMIT_S = 60  # of jax.distributed, once all are there
+HEARTBEAT_LIMIT_S = 30  # its own watch, where a machine is gone without a word
 END_LIMIT_S = 10  # for all to end together
 OWN_FIELDS = (
     "model",
@@ -49,13 +48,16 @@ OWN_FIELDS = (
 
 OnLoss = Callable[[str], NoReturn]
 """Called in any thread, with one line, when another process is gone; ends this one."""
+Report = Callable[[str], None]
+"""Takes one line for the start-up log."""
 
 
 class Hello(msgspec.Struct, frozen=True, tag="hello"):
-    """Process 0's configuration, which all run under."""
+    """Process 0's configuration, which all run under, and the port on its host where jax.distributed meets."""
 
     config: dict[str, Any]
     jax_version: str
+    port: int
 
 
 class Ready(msgspec.Struct, frozen=True, tag="ready"):
@@ -134,29 +136,32 @@ class Leader(Lockstep):
     """Process 0's side: accepts the others.
 
     Raises:
-        ConfigError: they do not come, or the address is none of this machine's.
+        ConfigError: they do not all come in time, or the address is none of this machine's.
     """
 
-    def __init__(self, config: EngineConfig, on_loss: OnLoss) -> None:
+    def __init__(self, config: EngineConfig, on_loss: OnLoss, report: Report) -> None:
         super().__init__(config)
         self._on_loss = on_loss
         self._closing = False
         self._ready: queue.SimpleQueue[tuple[int, str]] = queue.SimpleQueue()
-        secret = secrets.token_bytes(SECRET_BYTES)
-        host, _ = coordinator(config)
+        host, port = coordinator(config)
         try:
-            listener = socket.create_server((host, 0), family=_family(host))
+            listener = socket.create_server((host, port), family=_family(host))
         except OSError as error:
             raise ConfigError(
-                f"--coordinator-address: {host} cannot be listened on: {error.strerror}."
+                f"--coordinator-address {config.coordinator_address}: {error.strerror}."
             ) from None
         with listener:
-            _broadcast(secret + listener.getsockname()[1].to_bytes(2, "little"))
-            self._followers = self._accept(listener, secret, config.num_processes - 1)
-        hello = Hello(dataclasses.asdict(config), jax.__version__)
+            count = config.num_processes
+            report(f"waiting at {config.coordinator_address} for {count - 1} more of {count} processes")
+            self._followers = self._accept(listener)
+        with socket.create_server((host, 0), family=_family(host)) as free:
+            port = free.getsockname()[1]
+        hello = Hello(dataclasses.asdict(config), jax.__version__, port)
         for process_id, follower in self._followers.items():
             _send(follower, hello)
             threading.Thread(target=self._watch, args=(process_id, follower), daemon=True).start()
+        _initialize(config, port)
         atexit.register(self.close)  # in a script, whose engine has no other end
 
     def least(self, value: int) -> int:
@@ -192,26 +197,27 @@ class Leader(Lockstep):
             except OSError:
                 self._lose(process_id)
 
-    def _accept(self, listener: socket.socket, secret: bytes, count: int) -> dict[int, socket.socket]:
+    def _accept(self, listener: socket.socket) -> dict[int, socket.socket]:
+        missing = set(range(1, self.config.num_processes))
         followers: dict[int, socket.socket] = {}
-        deadline = time.monotonic() + CONNECT_LIMIT_S
-        while len(followers) < count:
+        deadline = time.monotonic() + JOIN_LIMIT_S
+        while missing:
             listener.settimeout(max(deadline - time.monotonic(), 0.001))
             try:
                 connection, _ = listener.accept()
             except TimeoutError:
                 raise ConfigError(
-                    f"Only {len(followers)} of {count} processes reached this one's socket within "
-                    f"{CONNECT_LIMIT_S:.0f} s: let them connect to {listener.getsockname()[0]}."
+                    f"--num-processes {self.config.num_processes}: within {JOIN_LIMIT_S:.0f} s no --process-id "
+                    f"{', '.join(map(str, sorted(missing)))} came to {self.config.coordinator_address}."
                 ) from None
             connection.settimeout(GREETING_LIMIT_S)
-            with contextlib.suppress(OSError, EOFError):  # a stranger
-                greeting = _receive_exactly(connection, SECRET_BYTES + 2)
-                if hmac.compare_digest(greeting[:SECRET_BYTES], secret):
-                    _prepare(connection)
-                    followers[int.from_bytes(greeting[SECRET_BYTES:], "little")] = connection
-                    continue
-            connection.close()
+            process_id = _greeted_by(connection)
+            if process_id in missing:
+                _prepare(connection)
+                followers[process_id] = connection
+                missing.remove(process_id)
+            else:
+                connection.close()  # a stranger
         return followers
 
     def _watch(self, process_id: int, follower: socket.socket) -> None:
@@ -236,15 +242,16 @@ class Follower(Lockstep):
 
     def __init__(self, config: EngineConfig, on_loss: OnLoss) -> None:
         self._on_loss = on_loss
-        message = _broadcast(bytes(SECRET_BYTES + 2))
-        host, _ = coordinator(config)
-        address = (host, int.from_bytes(message[SECRET_BYTES:], "little"))
+        host, port = coordinator(config)
+        self._socket = _knock(host, port)
         try:
-            self._socket = socket.create_connection(address, CONNECT_LIMIT_S)
-            self._socket.sendall(message[:SECRET_BYTES] + config.process_id.to_bytes(2, "little"))
+            self._socket.sendall(GREETING + config.process_id.to_bytes(2, "little"))
             hello = _receive(self._socket)
         except (OSError, EOFError) as error:
-            raise ConfigError(f"Process 0 cannot be reached at {host}, port {address[1]}: {error}.") from None
+            raise ConfigError(
+                f"--process-id {config.process_id}: process 0 at {config.coordinator_address} did not take it "
+                f"({error}). Is there another one?"
+            ) from None
         assert isinstance(hello, Hello), "process 0 begins with it"
         if hello.jax_version != jax.__version__:
             raise ConfigError(f"Process 0 runs JAX {hello.jax_version}, this one {jax.__version__}.")
@@ -254,6 +261,7 @@ class Follower(Lockstep):
         self._go = threading.Event()
         self._frames: queue.SimpleQueue[Table | Step | End] = queue.SimpleQueue()
         threading.Thread(target=self._read, daemon=True).start()
+        _initialize(self.config, hello.port)
 
     def least(self, value: int) -> int:
         return _least(value)
@@ -284,7 +292,7 @@ class Follower(Lockstep):
         self._on_loss("Process 0 has ended; its own log says why.")
 
 
-def join(config: EngineConfig, on_loss: OnLoss = end_process) -> Lockstep:
+def join(config: EngineConfig, on_loss: OnLoss = end_process, report: Report = lambda _: None) -> Lockstep:
     """Meet the other processes, if there are to be any. Comes before anything else that JAX is asked for.
 
     Raises:
@@ -292,24 +300,21 @@ def join(config: EngineConfig, on_loss: OnLoss = end_process) -> Lockstep:
     """
     if config.num_processes == 1:
         return Lockstep(config)
-    host, port = coordinator(config)
+    return Leader(config, on_loss, report) if config.process_id == 0 else Follower(config, on_loss)
+
+
+def _initialize(config: EngineConfig, port: int) -> None:
+    host, _ = coordinator(config)
     address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-    try:
-        jax.distributed.initialize(
-            address,
-            config.num_processes,
-            config.process_id,
-            coordinator_bind_address=address,
-            initialization_timeout=JOIN_LIMIT_S,
-            heartbeat_timeout_seconds=HEARTBEAT_LIMIT_S,
-            shutdown_timeout_seconds=END_LIMIT_S,
-        )
-    except jax.errors.JaxRuntimeError as error:
-        raise ConfigError(
-            f"The {config.num_processes} processes did not meet at --coordinator-address {address}: "
-            f"{str(error).splitlines()[0]:.200}"
-        ) from None
-    return Leader(config, on_loss) if config.process_id == 0 else Follower(config, on_loss)
+    jax.distributed.initialize(
+        address,
+        config.num_processes,
+        config.process_id,
+        coordinator_bind_address=address,
+        initialization_timeout=INITIALIZATION_LIMIT_S,
+        heartbeat_timeout_seconds=HEARTBEAT_LIMIT_S,
+        shutdown_timeout_seconds=END_LIMIT_S,
+    )
 
 
 def coordinator(config: EngineConfig) -> tuple[str, int]:
@@ -319,10 +324,28 @@ def coordinator(config: EngineConfig) -> tuple[str, int]:
     return host.strip("[]"), int(port)
 
 
-def _broadcast(message: bytes) -> bytes:
-    """Process 0's message, in every process; all bring one of the same length."""
-    told = multihost_utils.broadcast_one_to_all(np.frombuffer(message, np.uint8))
-    return np.asarray(told).astype(np.uint8).tobytes()
+def _knock(host: str, port: int) -> socket.socket:
+    """Connect to process 0, which may start later than this one."""
+    deadline = time.monotonic() + JOIN_LIMIT_S
+    while True:
+        try:
+            return socket.create_connection((host, port), JOIN_LIMIT_S)
+        except OSError as error:
+            if time.monotonic() > deadline:
+                raise ConfigError(
+                    f"--coordinator-address: process 0 did not come to {host}, port {port}, within "
+                    f"{JOIN_LIMIT_S:.0f} s: {error}."
+                ) from None
+        time.sleep(KNOCK_INTERVAL_S)
+
+
+def _greeted_by(connection: socket.socket) -> int | None:
+    """The id that another process says it has; None if it is no process of ours."""
+    with contextlib.suppress(OSError, EOFError):
+        greeting = _receive_exactly(connection, len(GREETING) + 2)
+        if greeting.startswith(GREETING):
+            return int.from_bytes(greeting[len(GREETING) :], "little")
+    return None
 
 
 def _least(num_bytes: int) -> int:

@@ -127,7 +127,7 @@ class ModelRunner:
     def __init__(
         self, config: EngineConfig, report: Report = lambda _: None, on_loss: OnLoss = end_process
     ) -> None:
-        self._others = join(config, on_loss)
+        self._others = join(config, on_loss, report)
         self.config = config = self._others.config
         self.compilations = CompilationCounter()
         if config.compilation_cache:

@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 
 from jaxserve import LLM, SamplingParams
+from jaxserve import lockstep as lockstep_module
 from jaxserve.config import EngineConfig
 from jaxserve.errors import ConfigError
 from tests.server_process import ServerProcess, running_server
@@ -25,6 +26,12 @@ from tests.tiny_llama import write_tiny_model
 TWO_DEVICES = {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
 LIMITS: dict[str, Any] = {"max_num_seqs": 8, "max_num_batched_tokens": 16, "kv_cache_memory_bytes": 4 << 20}
 EXIT_LIMIT_S = 30
+VALID: dict[str, Any] = {
+    "model": "m",
+    "coordinator_address": "10.0.0.1:8476",
+    "num_processes": 2,
+    "tensor_parallel_size": 4,
+}
 PROMPTS = [[5, 6, 7], list(range(20, 60)), [9] * 17]
 SETTINGS: list[dict[str, Any]] = [
     {"temperature": 0.0},
@@ -175,14 +182,49 @@ def test_different_programs_are_found_before_one_of_them_hangs() -> None:
         assert (leader.wait(EXIT_LIMIT_S), follower.wait(EXIT_LIMIT_S)) == (2, 1)
 
 
-# --- flags -------------------------------------------------------------------------------------------------
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> EngineConfig:
+    """Of process 0 of two; whoever waits for it or for the others gives up at once."""
+    monkeypatch.setattr(lockstep_module, "JOIN_LIMIT_S", 0.3)
+    return EngineConfig(**VALID | {"coordinator_address": f"127.0.0.1:{free_port()}"})
 
-VALID: dict[str, Any] = {
-    "model": "m",
-    "coordinator_address": "10.0.0.1:8476",
-    "num_processes": 2,
-    "tensor_parallel_size": 4,
-}
+
+def test_missing_processes_are_named(impatient: EngineConfig) -> None:
+    reported: list[str] = []
+    with pytest.raises(ConfigError, match=r"within 0 s no --process-id 1 came to 127\.0\.0\.1"):
+        lockstep_module.join(impatient, report=reported.append)
+    assert reported == [f"waiting at {impatient.coordinator_address} for 1 more of 2 processes"]
+
+
+def test_a_missing_process_0_is_named(impatient: EngineConfig) -> None:
+    with pytest.raises(ConfigError, match=r"process 0 did not come to 127\.0\.0\.1"):
+        lockstep_module.join(replace(impatient, process_id=1))
+
+
+def test_an_address_of_another_machine_is_refused(impatient: EngineConfig) -> None:
+    with pytest.raises(ConfigError, match=r"--coordinator-address 192\.0\.2\.1:99: Cannot assign"):
+        lockstep_module.join(replace(impatient, coordinator_address="192.0.2.1:99"))
+
+
+def test_strangers_take_nobodys_place(impatient: EngineConfig) -> None:
+    host, port = lockstep_module.coordinator(impatient)
+
+    def visit() -> list[bytes]:
+        answers = []
+        for greeting in (b"GET / HTTP", lockstep_module.GREETING + b"\7\0"):
+            with lockstep_module._knock(host, port) as stranger:
+                stranger.sendall(greeting)
+                answers.append(stranger.recv(1))
+        return answers
+
+    with ThreadPoolExecutor(1) as executor:
+        visits = executor.submit(visit)
+        with pytest.raises(ConfigError, match="no --process-id 1 came"):
+            lockstep_module.join(impatient)
+        assert visits.result(EXIT_LIMIT_S) == [b"", b""]
+
+
+# --- flags -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

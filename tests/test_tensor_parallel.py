@@ -10,9 +10,11 @@ import tracemalloc
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import numpy.typing as npt
 import pytest
+from jax.sharding import SingleDeviceSharding
 from safetensors.numpy import save_file
 
 from jaxserve.config import EngineConfig
@@ -21,7 +23,7 @@ from jaxserve.model_runner import ModelRunner
 from jaxserve.models.config import ModelConfig
 from jaxserve.models.llama import checkpoint_slots
 from jaxserve.models.loader import TensorSlot, load_params, open_checkpoint
-from jaxserve.sharding import TensorParallel, VocabShard, shard_config
+from jaxserve.sharding import SHARDED, DeviceGroup, TensorParallel, VocabShard, shard_config
 from tests.tensor_parallel_worker import KV_HEADS_AND_DEVICES
 from tests.tiny_llama import tiny_config, tiny_weights, write_tiny_model
 
@@ -151,6 +153,17 @@ def test_a_model_that_cannot_be_divided_is_refused(changes: dict[str, int], size
     config = ModelConfig.from_hf(tiny_config("gqa 2") | changes)
     with pytest.raises(ConfigError, match=message):
         shard_config(config, size)
+
+
+def test_one_device_needs_no_mesh() -> None:
+    group = DeviceGroup.of(1)
+    assert isinstance(group.put_shards([np.ones(3, np.float32)]).sharding, SingleDeviceSharding)
+    assert isinstance(group.put_everywhere(np.ones(3, np.float32)).sharding, SingleDeviceSharding)
+
+    def step(x: jax.Array) -> jax.Array:
+        return x
+
+    assert group.spread(step, in_specs=(SHARDED,), out_specs=SHARDED) is step
 
 
 def test_more_devices_than_there_are_is_refused(tmp_path: Path) -> None:
