@@ -206,22 +206,28 @@ def test_an_address_of_another_machine_is_refused(impatient: EngineConfig) -> No
         lockstep_module.join(replace(impatient, coordinator_address="192.0.2.1:99"))
 
 
-def test_strangers_take_nobodys_place(impatient: EngineConfig) -> None:
+def test_strangers_take_nobodys_place(impatient: EngineConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    def all_are_here(config: EngineConfig, port: int) -> None:
+        raise ConfigError(f"{config.num_processes} processes, JAX at {port}")
+
+    ignore: Any = lambda _: None  # noqa: E731
+    monkeypatch.setattr(lockstep_module, "JOIN_LIMIT_S", EXIT_LIMIT_S)
+    monkeypatch.setattr(lockstep_module, "_initialize", all_are_here)
     host, port = lockstep_module.coordinator(impatient)
 
-    def visit() -> list[bytes]:
-        answers = []
-        for greeting in (b"GET / HTTP", lockstep_module.GREETING + b"\7\0"):
-            with lockstep_module._knock(host, port) as stranger:
-                stranger.sendall(greeting)
-                answers.append(stranger.recv(1))
-        return answers
+    def greet(greeting: bytes) -> bytes:
+        """The beginning of the answer; nothing if there is none."""
+        with lockstep_module._knock(host, port) as connection:
+            connection.sendall(greeting)
+            return connection.recv(1)
 
+    ids = [7, 0, 1]  # process 1 is the only one that is missing
+    greetings = [b"GET / HTTP", *(lockstep_module.GREETING + bytes([i, 0]) for i in ids)]
     with ThreadPoolExecutor(1) as executor:
-        visits = executor.submit(visit)
-        with pytest.raises(ConfigError, match="no --process-id 1 came"):
-            lockstep_module.join(impatient)
-        assert visits.result(EXIT_LIMIT_S) == [b"", b""]
+        answers = executor.submit(lambda: [greet(greeting) for greeting in greetings])
+        with pytest.raises(ConfigError, match="2 processes, JAX at"):
+            lockstep_module.join(impatient, on_loss=ignore)
+        assert [bool(answer) for answer in answers.result(EXIT_LIMIT_S)] == [False, False, False, True]
 
 
 # --- flags -------------------------------------------------------------------------------------------------
