@@ -25,11 +25,11 @@ from jaxserve.sampling_params import SamplingParams
 
 TINY = {
     "architectures": ["LlamaForCausalLM"],
-    "hidden_size": 8,
-    "intermediate_size": 8,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 1,
-    "num_key_value_heads": 1,
+    "hidden_size": 32,
+    "intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
     "vocab_size": 16,
     "max_position_embeddings": 1024,
     "rms_norm_eps": 1e-5,
