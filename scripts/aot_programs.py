@@ -27,6 +27,7 @@ BLOCK_SIZES = {"tpu": 128, "gpu": 32}
 KERNEL_POOL_BYTES = 4 << 30  # only shapes, nothing is allocated
 MAX_NUM_SEQS = 256
 SMALL_NUM_SEQS, SMALL_KV_CACHE_BYTES = 64, 8 << 30  # sequences at once where there is room for few
+USEFUL_KV_CACHE_BYTES = 2 << 30  # the least that a model is served with
 RESERVED_BYTES = 1 << 30  # of a device, for programs and temporaries
 MAX_MODEL_LEN = 8192
 
@@ -239,11 +240,11 @@ def step_program(
     return Program(name, spread, arguments, donated=1, num_devices=len(devices))
 
 
-def fits(memory: int, model: Model) -> bool:
-    """Whether a device has room for the weights and a useful pool."""
+def room(memory: int, model: Model) -> int:
+    """Bytes that the weights, in bfloat16, leave for a pool."""
     config = ModelConfig.from_hf(model.config | {"num_hidden_layers": model.num_layers})
     shapes = ModelDefinition.of(lambda: Llama(config, dtype=jnp.dtype("bfloat16"), max_model_len=64)).shapes
-    return int(0.9 * memory) - RESERVED_BYTES - 2 * sum(map(math.prod, shapes)) > 2 << 30
+    return int(0.9 * memory) - RESERVED_BYTES - 2 * sum(map(math.prod, shapes))
 
 
 def quick_steps(platform: str, devices: Sequence[Any], memory: int) -> Iterator[Program]:
@@ -258,10 +259,12 @@ def all_steps(platform: str, devices: Sequence[Any], memory: int) -> Iterator[Pr
     yield from quick_steps(platform, devices, memory)
     for name, config in MODELS.items():
         model = Model(name, config, config["num_hidden_layers"])
-        if fits(memory, model):
+        if room(memory, model) > USEFUL_KV_CACHE_BYTES:
+            # where there is little room, large steps would take much of it for their temporaries
+            largest = 2048 if room(memory, model) > SMALL_KV_CACHE_BYTES else 512
             for num_tokens in (16, 256):
                 yield step_program(platform, devices[:1], memory, model, num_tokens, decode_only=True)
-            for num_tokens in (256, 2048):
+            for num_tokens in (256, largest):
                 yield step_program(platform, devices[:1], memory, model, num_tokens)
     if len(devices) >= 4:
         model = Model("Llama-3.1-8B", LLAMA_3_1_8B, 32)
