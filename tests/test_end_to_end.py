@@ -83,6 +83,16 @@ def test_the_examples_that_people_paste_work_as_written(server: ServerProcess) -
     assert "," not in choice["text"]  # token 28, which the bias forbids
 
 
+def test_the_readmes_first_example_runs_as_written(
+    server: ServerProcess, capsys: pytest.CaptureFixture[str]
+) -> None:
+    page = (Path(__file__).parents[1] / "README.md").read_text("utf-8")
+    example = page.partition("```python\n")[2].partition("```")[0]
+    assert "127.0.0.1:8000" in example
+    exec(example.replace("http://127.0.0.1:8000", server.url), {})  # noqa: S102  (our own words)
+    assert capsys.readouterr().out == "The capital of France is Paris.\n"
+
+
 async def test_the_asynchronous_client_gets_the_same(server: ServerProcess) -> None:
     async with openai.AsyncOpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client:
         completion = await client.chat.completions.create(model=MODEL, messages=QUESTION, temperature=0)
