@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 import msgspec
 
 import jaxserve
-from jaxserve.api.protocol import RESERVED_TEMPLATE_KWARGS
+from jaxserve.api.request_tables import RESERVED_TEMPLATE_KWARGS
 from jaxserve.config import EngineConfig, ServerConfig
 from jaxserve.errors import ConfigError
 

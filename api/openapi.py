@@ -12,7 +12,7 @@ import jaxserve
 from jaxserve.api.auth import OPEN_ROUTES
 from jaxserve.api.fields import JsonSchema, Table
 from jaxserve.api.openapi_responses import ERRORS, error_schema, ref, response_schemas
-from jaxserve.api.protocol import (
+from jaxserve.api.request_tables import (
     TOKENIZE_TEXT,
     ProtocolConfig,
     chat_table,

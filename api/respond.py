@@ -21,7 +21,8 @@ from jaxserve.api.context import ServerContext
 from jaxserve.api.errors import HttpError, error_body
 from jaxserve.api.generation import ChoiceDelta, Generation, RequestTimings, Usage
 from jaxserve.api.prompts import PromptEncoder, TokenizedPrompt
-from jaxserve.api.protocol import GenerationRequest, Protocol, ProtocolConfig, protocol_for
+from jaxserve.api.protocol import GenerationRequest, Protocol, protocol_for
+from jaxserve.api.request_tables import ProtocolConfig
 from jaxserve.api.responses import DONE, Renderer, ResponseHead, event
 from jaxserve.api.sse import sse_response
 from jaxserve.constraints.constraint import CompiledConstraint

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from jaxserve.api.fields import Field, Table
-from jaxserve.api.protocol import (
+from jaxserve.api.request_tables import (
     TOKENIZE_TEXT,
     ProtocolConfig,
     chat_table,

@@ -29,7 +29,7 @@ RANKS = [  # from the bottom up; modules of one rank do not import each other
     "lockstep", "model_runner", "engine", "llm engine_server", "engine_client follower",
     "api", "api.errors api.fields api.auth api.cors api.field_texts api.tool_calls",
     "api.constraints api.http_server", "api.tools",
-    "api.protocol api.openapi_responses", "api.openapi", "api.prompts", "api.generation",
+    "api.request_tables api.openapi_responses", "api.protocol api.openapi", "api.prompts", "api.generation",
     "api.responses",
     "api.metrics api.admission", "api.context", "api.sse api.request_body", "api.respond",
     "api.chat api.completions api.models api.tokenization api.health api.docs", "api.app",

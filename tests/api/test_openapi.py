@@ -24,7 +24,7 @@ import jaxserve
 from jaxserve.api.fields import Table, UnknownFields
 from jaxserve.api.openapi import DocumentConfig, openapi_document
 from jaxserve.api.openapi_responses import ERRORS
-from jaxserve.api.protocol import (
+from jaxserve.api.request_tables import (
     TOKENIZE_TEXT,
     ProtocolConfig,
     chat_table,

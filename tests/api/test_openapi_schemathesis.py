@@ -14,7 +14,7 @@ from quart import Quart
 from schemathesis import Case, Config, HookContext
 
 from jaxserve.api.openapi import DocumentConfig, openapi_document
-from jaxserve.api.protocol import ProtocolConfig
+from jaxserve.api.request_tables import ProtocolConfig
 from tests.api.fake_engine import FakeEngineClient, fake_info
 from tests.api.small_model import VOCAB_SIZE, generate_a_little, make_app, make_tokenizer
 

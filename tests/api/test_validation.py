@@ -8,14 +8,8 @@ from typing import Any
 import pytest
 
 from jaxserve.api.errors import HttpError, error_body
-from jaxserve.api.protocol import (
-    ChatRequest,
-    CompletionRequest,
-    Protocol,
-    ProtocolConfig,
-    chat_table,
-    completion_table,
-)
+from jaxserve.api.protocol import ChatRequest, CompletionRequest, Protocol
+from jaxserve.api.request_tables import ProtocolConfig, chat_table, completion_table
 from jaxserve.errors import RequestError
 
 V, L = 100, 64
