@@ -114,6 +114,11 @@ def make_parser() -> argparse.ArgumentParser:
     engine.add_argument("--coordinator-address", help="host:port of process 0, where several processes meet")
     engine.add_argument("--num-processes", type=_int, help="processes of the engine, on one or several hosts")
     engine.add_argument("--process-id", type=_int, help="which one this is; 0 serves, the others follow it")
+    engine.add_argument(
+        "--kv-cache-dtype",
+        type=lambda s: s.removesuffix("_e4m3"),
+        help="auto, bfloat16, float16, float32, int8 or fp8 (fp8_e4m3)",
+    )
     engine.add_argument("--enable-prefix-caching", action=argparse.BooleanOptionalAction)
     engine.add_argument("--enable-chunked-prefill", action=argparse.BooleanOptionalAction)
     engine.add_argument("--async-scheduling", action=argparse.BooleanOptionalAction)
@@ -125,7 +130,6 @@ def make_parser() -> argparse.ArgumentParser:
 
 NOT_YET = {
     "--quantization": ("none",),
-    "--kv-cache-dtype": ("auto",),
 }
 LISTS = ("allowed_origins", "allowed_methods", "allowed_headers")
 RENAMED = {

@@ -10,6 +10,7 @@ from typing import Any, Literal, get_args
 from jaxserve.errors import ConfigError
 
 Dtype = Literal["auto", "bfloat16", "float16", "float32"]
+KVCacheDtype = Literal["auto", "bfloat16", "float16", "float32", "int8", "fp8"]
 LoadFormat = Literal["auto", "safetensors", "gguf", "dummy"]
 LogprobsMode = Literal["raw", "processed"]
 GuidedBackend = Literal["auto", "llguidance", "outlines", "lm-format-enforcer"]
@@ -30,6 +31,7 @@ class EngineConfig:
         model: directory in Hugging Face form, `.gguf` file, or hub id.
         tokenizer: likewise; None means the model's own.
         dtype: of weights, activations and (by default) the KV cache.
+        kv_cache_dtype: of the KV cache; auto is dtype. int8 and fp8 (float8_e4m3fn) have a scale per token and head.
         load_format: how the checkpoint is stored; "dummy" makes random weights of the right shape.
         max_model_len: L, tokens of prompt and output together.
         max_num_seqs: sequences that run at once.
@@ -54,6 +56,7 @@ class EngineConfig:
     model: str
     tokenizer: str | None = None
     dtype: Dtype = "auto"
+    kv_cache_dtype: KVCacheDtype = "auto"
     load_format: LoadFormat = "auto"
     max_model_len: int | None = None
     max_num_seqs: int | None = None
@@ -77,6 +80,7 @@ class EngineConfig:
     def __post_init__(self) -> None:
         _require(bool(self.model), "--model", self.model, "a directory, a .gguf file or a hub id")
         _choice("--dtype", self.dtype, get_args(Dtype))
+        _choice("--kv-cache-dtype", self.kv_cache_dtype, get_args(KVCacheDtype))
         _choice("--load-format", self.load_format, get_args(LoadFormat))
         _choice("--attention-backend", self.attention_backend, get_args(AttentionBackend))
         _choice("--logprobs-mode", self.logprobs_mode, get_args(LogprobsMode))

@@ -140,6 +140,7 @@ class ModelRunner:
         self.platform = self.devices.platform
         self._vocab = VocabShard(self.model_config.vocab_size, self.devices.group)
         self.dtype = _resolve_dtype(config, self.model_config, self.platform)
+        self.kv_dtype = _resolve_kv_dtype(config, self.dtype)
         self.max_model_len = _resolve_max_model_len(config, self.model_config)
         defaults = PLATFORM_DEFAULTS.get(self.platform, ACCELERATOR_DEFAULTS)
         self._max_num_seqs = config.max_num_seqs or defaults.max_num_seqs
@@ -167,7 +168,7 @@ class ModelRunner:
             )
         )
         self._spec = KVCacheSpec.of(
-            self._shard, self.block_size, self.dtype, self.platform, self.attention_backend
+            self._shard, self.block_size, self.kv_dtype, self.platform, self.attention_backend
         )
         self._free_bytes = (
             None
@@ -238,7 +239,8 @@ class ModelRunner:
         size = usable * self._spec.bytes_per_block * self.devices.group.size
         fit = tokens // self.max_model_len
         return (
-            f"KV cache: {usable:,} blocks of {self.block_size} = {tokens:,} tokens, {size / 2**30:.1f} GiB; "
+            f"KV cache: {usable:,} blocks of {self.block_size} = {tokens:,} tokens in {self.kv_dtype.name}, "
+            f"{size / 2**30:.1f} GiB; "
             f"{fit:,} sequence{'s' if fit != 1 else ''} of {self.max_model_len:,} fit"
         )
 
@@ -292,7 +294,7 @@ class ModelRunner:
             blocks_per_seq=_ceil_div(self.max_model_len, self.block_size),
             num_heads=model.num_heads,
             dtype=self.dtype,
-            pool=PoolShape(2, model.num_kv_heads, self.block_size, model.head_dim, self.dtype),
+            pool=PoolShape(2, model.num_kv_heads, self.block_size, model.head_dim, self.kv_dtype),
             sliding_window=model.sliding_window,
         )
         try:
@@ -455,6 +457,13 @@ def _resolve_dtype(config: EngineConfig, model: ModelConfig, platform: str) -> j
     if model.dtype == "float16" and platform in ("cpu", "tpu"):
         return jnp.dtype("bfloat16")
     return jnp.dtype(model.dtype)
+
+
+def _resolve_kv_dtype(config: EngineConfig, dtype: jnp.dtype) -> jnp.dtype:
+    """auto: the model's; fp8: the format of NVIDIA's and Google's hardware with the most precision."""
+    if config.kv_cache_dtype == "auto":
+        return dtype
+    return jnp.dtype(jnp.float8_e4m3fn if config.kv_cache_dtype == "fp8" else config.kv_cache_dtype)
 
 
 def _resolve_max_model_len(config: EngineConfig, model: ModelConfig) -> int:

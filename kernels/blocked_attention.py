@@ -14,28 +14,63 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxserve.kernels.metadata import QUERY_TILE, AttentionMetadata
+from jaxserve.kernels.reference import QuantizedPool, quantize_kv
+
+Pool = jax.Array | QuantizedPool
 
 TOKEN_GROUP = 16
 KV_CHUNK = 128  # tokens; the gathered chunk of TOKEN_GROUP contexts should stay in the L2 cache
 MASKED = -1e30  # finite, so that a row without any context gives 0 and no NaN
+# XLA:CPU widens every update of an array of small floats to float32, the whole array with it; integers stay as they
+# are. So a pool may hold the bits: which floats they are follows from the integer.
+BITS = {"bfloat16": jnp.uint16, "float16": jnp.int16, "float8_e4m3fn": jnp.uint8}
+FLOATS = {jnp.dtype(bits): jnp.dtype(name) for name, bits in BITS.items()}
+
+
+def storage_dtype(dtype: jnp.dtype) -> jnp.dtype:
+    """What XLA:CPU keeps a pool of `dtype` as."""
+    return jnp.dtype(BITS.get(dtype.name, dtype))
+
+
+def kv_dtype(stored: jnp.dtype) -> jnp.dtype:
+    """The inverse of `storage_dtype`; other dtypes are themselves."""
+    return FLOATS.get(stored, stored)
+
+
+def reinterpret(x: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """The same bits."""
+    return x if x.dtype == dtype else lax.bitcast_convert_type(x, dtype)
 
 
 def write_kv(
-    kv_pool: jax.Array, keys: jax.Array, values: jax.Array, slot_mapping: jax.Array, num_tokens: jax.Array
-) -> jax.Array:
+    kv_pool: Pool, keys: jax.Array, values: jax.Array, slot_mapping: jax.Array, num_tokens: jax.Array
+) -> Pool:
     """Put the keys and values ([T, K, D] each) of this step's first `num_tokens` tokens into the pool."""
-    _, _, K, B, D = kv_pool.shape
     new = jnp.stack([keys, values], axis=1)  # [T, 2, K, D]
-    new = lax.bitcast_convert_type(new, kv_pool.dtype) if _holds_bits(kv_pool) else new.astype(kv_pool.dtype)
-
+    rows: Pool
+    if isinstance(kv_pool, QuantizedPool):
+        stored, B = kv_pool.values.dtype, kv_pool.values.shape[3]
+        quantized, scales = quantize_kv(new, kv_dtype(stored))
+        rows = QuantizedPool(reinterpret(quantized, stored), scales)
+    else:
+        stored, B = kv_pool.dtype, kv_pool.shape[3]
+        rows = reinterpret(new.astype(kv_dtype(stored)), stored)
     blocks, offsets = lax.div(slot_mapping, jnp.int32(B)), lax.rem(slot_mapping, jnp.int32(B))
 
-    def write(t: jax.Array, pool: jax.Array) -> jax.Array:
-        update = _slice(new, t, 1).reshape(1, 2, K, 1, D)
-        index = (_item(blocks, t), 0, 0, _item(offsets, t), 0)
-        return lax.dynamic_update_slice(pool, update, index, allow_negative_indices=False)
+    def write(t: jax.Array, pool: Pool) -> Pool:
+        block, offset = _item(blocks, t), _item(offsets, t)
 
-    return lax.fori_loop(0, num_tokens, write, kv_pool)
+        def put(pool: jax.Array, rows: jax.Array) -> jax.Array:
+            _, _, K, *rest = rows.shape
+            update = _slice(rows, t, 1).reshape(1, 2, K, 1, *rest)
+            index = [block, 0, 0, offset] + [0] * len(rest)
+            return lax.dynamic_update_slice(pool, update, index, allow_negative_indices=False)
+
+        written: Pool = jax.tree.map(put, pool, rows)
+        return written
+
+    written: Pool = lax.fori_loop(0, num_tokens, write, kv_pool)
+    return written
 
 
 # Plain indexing normalizes negative indices: a dozen instructions an index, in every layer of every program.
@@ -66,15 +101,9 @@ def _take(x: jax.Array, index: jax.Array) -> jax.Array:
     return x.at[index].get(mode="promise_in_bounds", wrap_negative_indices=False)
 
 
-def _holds_bits(kv_pool: jax.Array) -> bool:
-    """A pool of uint16 holds the bits of the model's 16-bit floats. XLA:CPU widens every update of a bfloat16
-    array to float32, the whole array with it; integers stay as they are."""
-    return bool(kv_pool.dtype == jnp.uint16)
-
-
 def paged_attention(
     queries: jax.Array,
-    kv_pool: jax.Array,
+    kv_pool: Pool,
     metadata: AttentionMetadata,
     *,
     scale: float,
@@ -84,34 +113,37 @@ def paged_attention(
 
     Args:
         queries: [T, H, D], T at most TOKEN_GROUP or a multiple of it.
-        kv_pool: [N, 2, K, B, D].
+        kv_pool: [N, 2, K, B, D], in `storage_dtype` or as it is. Or a QuantizedPool of such, scales [N, 2, K, B].
 
     Returns:
         [T, H, D] in the queries' dtype.
     """
     T, H, D = queries.shape
-    _, _, K, B, _ = kv_pool.shape
+    pool = kv_pool.values if isinstance(kv_pool, QuantizedPool) else kv_pool
+    scales = kv_pool.scales if isinstance(kv_pool, QuantizedPool) else None
+    dtype = kv_dtype(pool.dtype)
+    _, _, K, B, _ = pool.shape
     M = metadata.block_tables.shape[1]
     G = H // K
     group = min(TOKEN_GROUP, T)
     blocks_per_chunk = max(1, min(KV_CHUNK // B, M))
     chunk = blocks_per_chunk * B
     # rows of (block, k-or-v, head): one gather brings [.., K, blocks, B, D] without a transpose
-    flat_pool = kv_pool.reshape(-1, B, D)
+    flat_pool = pool.reshape(-1, B, D)
+    flat_scales = None if scales is None else scales.reshape(-1, B)
     heads = jnp.arange(K, dtype=jnp.int32)
     tables = jnp.pad(metadata.block_tables, ((0, 0), (0, -M % blocks_per_chunk)))
-    precision = lax.Precision.HIGHEST if kv_pool.dtype == jnp.float32 else None
+    # 8-bit numbers are exact in every float of 16 bits
+    tile_dtype = queries.dtype if scales is not None else jnp.promote_types(queries.dtype, dtype)
+    precision = lax.Precision.HIGHEST if tile_dtype == jnp.float32 else None
 
-    def gather(block_ids: jax.Array, tiled: bool) -> tuple[jax.Array, jax.Array]:
-        """block_ids [R, C/B] → keys, values [R, K, C, D]."""
-        index = block_ids[:, None, :] * (2 * K) + heads[None, :, None]
-        shape = (block_ids.shape[0], K, chunk, D)
-        keys, values = (_take(flat_pool, i).reshape(shape) for i in (index, index + K))
-        if _holds_bits(kv_pool):
-            keys, values = (lax.bitcast_convert_type(x, queries.dtype) for x in (keys, values))
-        if not tiled:  # few rows a product: XLA:CPU is faster in float32 there
-            keys, values = keys.astype(jnp.float32), values.astype(jnp.float32)
-        return keys, values
+    def gather(index: jax.Array, tiled: bool) -> tuple[jax.Array, jax.Array | None]:
+        """Rows of the pool [R, K, C/B] → their elements [R, K, C, D] and scales [R, K, 1, C]."""
+        R, K, _ = index.shape
+        found = reinterpret(_take(flat_pool, index), dtype).reshape(R, K, chunk, D)
+        # few rows a product: XLA:CPU is faster in float32 there
+        found = found.astype(tile_dtype if tiled else jnp.float32)
+        return found, None if flat_scales is None else _take(flat_scales, index).reshape(R, K, 1, chunk)
 
     def attend(
         q: jax.Array, block_rows: jax.Array, q_positions: jax.Array, lens: jax.Array, *, tiled: bool
@@ -129,7 +161,8 @@ def paged_attention(
         def body(c: jax.Array, carry: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, ...]:
             peak, total, acc = carry
             block_ids = _slice(block_rows, c * blocks_per_chunk, blocks_per_chunk, axis=1)
-            keys, values = gather(block_ids, tiled)
+            index = block_ids[:, None, :] * (2 * K) + heads[None, :, None]
+            (keys, key_scales), (values, value_scales) = gather(index, tiled), gather(index + K, tiled)
             scores = lax.dot_general(
                 q.astype(keys.dtype),
                 keys,
@@ -137,17 +170,19 @@ def paged_attention(
                 precision,
                 preferred_element_type=jnp.float32,
             )  # [R, K, Q, C]
+            scores = scores * scale if key_scales is None else scores * (key_scales * scale)
             kv_positions = c * chunk + jnp.arange(chunk, dtype=jnp.int32)
             visible = (kv_positions <= q_positions[:, :, None]) & (kv_positions < lens[:, None, None])
             if sliding_window is not None:
                 visible &= kv_positions > q_positions[:, :, None] - sliding_window
             visible = jnp.broadcast_to(visible[:, None], scores.shape)
-            scores = lax.select(visible, scores * scale, jnp.full_like(scores, MASKED))
+            scores = lax.select(visible, scores, jnp.full_like(scores, MASKED))
             new_peak = jnp.maximum(peak, jnp.max(scores, axis=-1))
             rescale = jnp.exp(peak - new_peak)
             weights = lax.select(visible, jnp.exp(scores - new_peak[..., None]), jnp.zeros_like(scores))
+            scaled = weights if value_scales is None else weights * value_scales
             out = lax.dot_general(
-                weights.astype(values.dtype),
+                scaled.astype(values.dtype),
                 values,
                 (((3,), (2,)), ((0, 1), (0, 1))),
                 precision,

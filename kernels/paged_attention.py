@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
 from jaxserve.kernels import blocked_attention, pallas_tpu_layout, reference
+from jaxserve.kernels.blocked_attention import kv_dtype, reinterpret, storage_dtype
 from jaxserve.kernels.metadata import AttentionMetadata
 from jaxserve.kernels.reference import QuantizedPool
 
@@ -81,12 +81,11 @@ def _struct(shape: tuple[int, ...], dtype: Any) -> Any:
 
 
 def _plain_pool(shape: PoolShape, platform: str) -> jax.Array | QuantizedPool:
-    """[N, 2, K, B, D]; scales [N, 2, K, B]. On CPU 16-bit floats are kept as their bits: blocked_attention says why."""
+    """[N, 2, K, B, D]; scales [N, 2, K, B]. On CPU small floats are kept as their bits: blocked_attention says why."""
     layout = (shape.num_blocks, 2, shape.num_kv_heads, shape.block_size)
-    if shape.dtype.itemsize == 1:
-        return QuantizedPool(_struct((*layout, shape.head_dim), shape.dtype), _struct(layout, jnp.float32))
-    as_bits = platform == "cpu" and shape.dtype.itemsize == 2
-    return _struct((*layout, shape.head_dim), jnp.dtype(jnp.uint16) if as_bits else shape.dtype)
+    dtype = storage_dtype(shape.dtype) if platform == "cpu" else shape.dtype
+    values = _struct((*layout, shape.head_dim), dtype)
+    return QuantizedPool(values, _struct(layout, jnp.float32)) if dtype.itemsize == 1 else values
 
 
 def _pallas_tpu_pool(shape: PoolShape, _: str) -> jax.Array | QuantizedPool:
@@ -148,16 +147,13 @@ def _unsupported_by_plain_jax(request: Request) -> str | None:
     _, K, D = request.keys.shape
     if pool.ndim != 5 or pool.shape[1:3] != (2, K) or pool.shape[4] != D:
         return f"the pool has shape {pool.shape}; it must be [N, 2, {K}, B, {D}]"
-    if pool.dtype == jnp.uint16 and request.queries.dtype.itemsize != 2:
-        return (
-            f"a pool of uint16 holds the bits of 16-bit floats, but queries are {request.queries.dtype.name}"
-        )
+    dtype = kv_dtype(pool.dtype)
+    if (dtype.itemsize == 1) != isinstance(request.kv_pool, QuantizedPool):
+        return f"a pool of {dtype.name} {'needs' if dtype.itemsize == 1 else 'takes no'} scales"
     return None
 
 
 def _unsupported_by_blocked(request: Request, _: str) -> str | None:
-    if isinstance(request.kv_pool, QuantizedPool):
-        return "it has no quantized pools"
     if request.soft_cap is not None:
         return "it has no soft cap"
     T, group = request.queries.shape[0], blocked_attention.TOKEN_GROUP
@@ -168,7 +164,7 @@ def _unsupported_by_blocked(request: Request, _: str) -> str | None:
 
 def _run_blocked(r: Request) -> tuple[jax.Array, jax.Array | QuantizedPool]:
     num_tokens = r.metadata.query_start_loc[-1]
-    pool = blocked_attention.write_kv(r.pool_values, r.keys, r.values, r.metadata.slot_mapping, num_tokens)
+    pool = blocked_attention.write_kv(r.kv_pool, r.keys, r.values, r.metadata.slot_mapping, num_tokens)
     out = blocked_attention.paged_attention(
         r.queries, pool, r.metadata, scale=r.scale, sliding_window=r.sliding_window
     )
@@ -180,17 +176,12 @@ def _unsupported_by_reference(request: Request, _: str) -> str | None:
 
 
 def _run_reference(r: Request) -> tuple[jax.Array, jax.Array | QuantizedPool]:
-    attend = functools.partial(
-        reference.paged_attention, scale=r.scale, sliding_window=r.sliding_window, soft_cap=r.soft_cap
+    floats: Any = jax.tree.map(lambda x: reinterpret(x, kv_dtype(x.dtype)), r.kv_pool)
+    pool = reference.write_kv(floats, r.keys, r.values, r.metadata.slot_mapping)
+    out = reference.paged_attention(
+        r.queries, pool, r.metadata, scale=r.scale, sliding_window=r.sliding_window, soft_cap=r.soft_cap
     )
-    if isinstance(r.kv_pool, QuantizedPool):
-        quantized = reference.write_kv(r.kv_pool, r.keys, r.values, r.metadata.slot_mapping)
-        return attend(r.queries, quantized, r.metadata), quantized
-    holds_bits = r.kv_pool.dtype == jnp.uint16
-    pool = lax.bitcast_convert_type(r.kv_pool, r.queries.dtype) if holds_bits else r.kv_pool
-    pool = reference.write_kv(pool, r.keys, r.values, r.metadata.slot_mapping)
-    out = attend(r.queries, pool, r.metadata)
-    return out, lax.bitcast_convert_type(pool, jnp.uint16) if holds_bits else pool
+    return out, jax.tree.map(lambda x, stored: reinterpret(x, stored.dtype), pool, r.kv_pool)
 
 
 BACKENDS = {  # in order of preference

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from jaxserve.block_manager import BlockCopy
 from jaxserve.kernels import pallas_tpu_layout, reference
+from jaxserve.kernels.blocked_attention import reinterpret
 from jaxserve.kernels.metadata import AttentionMetadata
 from jaxserve.kernels.paged_attention import (
     PoolShape,
@@ -63,32 +64,38 @@ def metadata_of(plan: StepPlan, bucket: int) -> AttentionMetadata:
 
 
 def run_both(
-    rows: list[tuple[int, int]], bucket: int, heads: tuple[int, int, int], window: int | None, dtype: str
+    rows: list[tuple[int, int]],
+    bucket: int,
+    heads: tuple[int, int, int],
+    window: int | None,
+    dtype: str,
+    kv: str | None = None,
 ) -> tuple[np.ndarray, np.ndarray, int]:
-    """(ours, reference, number of real tokens); every unused slot of the pool is NaN."""
+    """(ours, reference, number of real tokens), with a pool of dtype `kv` in the form that the CPU keeps."""
     H, K, D = heads
     rng = np.random.RandomState(0)
     plan = make_plan(rows, rng)
     metadata = metadata_of(plan, bucket)
-    pool = np.full((NUM_BLOCKS, 2, K, BLOCK_SIZE, D), np.nan, np.float32)
-    pool[0] = 0.0  # the null block: what padding points to
+    context = np.zeros((NUM_BLOCKS, 2, K, BLOCK_SIZE, D), np.float32)
     for row in plan.rows:
         for position in range(row.sequence.num_computed_tokens):
             block = row.sequence.block_table[position // BLOCK_SIZE]
-            pool[block, :, :, position % BLOCK_SIZE] = rng.randn(2, K, D)
-    zeroed = jnp.asarray(np.nan_to_num(pool), dtype)
+            context[block, :, :, position % BLOCK_SIZE] = rng.randn(2, K, D)
+    element = jnp.dtype(kv or dtype)
+    pool = jnp.asarray(context, element)
+    if element.itemsize == 1:
+        pool = QuantizedPool(*reference.quantize_kv(jnp.asarray(context), element))
     q = jnp.asarray(rng.randn(bucket, H, D), dtype)
     k, v = (jnp.asarray(rng.randn(bucket, K, D), dtype) for _ in range(2))
-    expected_pool = reference.write_kv(zeroed, k, v, metadata.slot_mapping)
+    expected_pool = reference.write_kv(pool, k, v, metadata.slot_mapping)
     expected = reference.paged_attention(q, expected_pool, metadata, scale=0.2, sliding_window=window)
-    as_bits = jax.lax.bitcast_convert_type(zeroed, jnp.uint16) if dtype == "bfloat16" else zeroed
-    out, new_pool = paged_attention(q, k, v, as_bits, metadata, scale=0.2, sliding_window=window)
-    if dtype == "bfloat16":
-        new_pool = jax.lax.bitcast_convert_type(new_pool, jnp.bfloat16)
-    # what was written is what the reference writes, but for the null block
-    np.testing.assert_array_equal(
-        np.asarray(new_pool[1:], np.float32), np.asarray(expected_pool[1:], np.float32)
-    )
+    stored = pool_struct("blocked", PoolShape(NUM_BLOCKS, K, BLOCK_SIZE, D, element), "cpu")
+    as_stored = jax.tree.map(lambda x, struct: reinterpret(x, struct.dtype), pool, stored)
+    out, new_pool = paged_attention(q, k, v, as_stored, metadata, scale=0.2, sliding_window=window)
+    for ours, theirs in zip(jax.tree.leaves(new_pool), jax.tree.leaves(expected_pool), strict=True):
+        # what was written is what the reference writes, but for the null block
+        written = reinterpret(ours, theirs.dtype)[1:]
+        np.testing.assert_array_equal(np.asarray(written, np.float32), np.asarray(theirs[1:], np.float32))
     return np.asarray(out, np.float32), np.asarray(expected, np.float32), plan.num_tokens
 
 
@@ -117,10 +124,25 @@ def test_every_grouping_of_heads(heads: tuple[int, int, int]) -> None:
     np.testing.assert_allclose(ours[:n], expected[:n], rtol=1e-5, atol=1e-6)
 
 
-def test_bfloat16_pools_are_kept_as_bits() -> None:
-    rows, bucket = CASES["mixed"]
-    ours, expected, n = run_both(rows, bucket, (6, 2, 16), None, "bfloat16")
-    np.testing.assert_allclose(ours[:n], expected[:n], rtol=2e-2, atol=2e-2)
+@pytest.mark.parametrize(
+    ("dtype", "kv", "tolerance"),
+    [
+        ("bfloat16", "bfloat16", 2e-2),
+        ("bfloat16", "float16", 1e-2),  # computed in float32
+        ("float16", "float16", 5e-3),
+        ("float32", "bfloat16", 1e-5),
+        ("float32", "int8", 1e-5),
+        ("float32", "float8_e4m3fn", 1e-5),
+        ("bfloat16", "int8", 2e-2),
+        ("bfloat16", "float8_e4m3fn", 2e-2),
+    ],
+)
+@pytest.mark.parametrize("case", ["decode", "mixed"])
+def test_every_dtype_of_the_pool(case: str, dtype: str, kv: str, tolerance: float) -> None:
+    """Against the reference with an equally rounded pool, so that only attention itself is compared."""
+    rows, bucket = CASES[case]
+    ours, expected, n = run_both(rows, bucket, (6, 2, 16), None, dtype, kv)
+    np.testing.assert_allclose(ours[:n], expected[:n], rtol=tolerance, atol=tolerance)
 
 
 @settings(max_examples=40, deadline=None)
@@ -163,9 +185,8 @@ def request(
     pool = (
         struct(8, 2, 2, 16, 64) if layout == "plain" else struct(*pallas_tpu_layout.pool_shape(8, 2, 16, 64))
     )
-    if layout == "quantized":
-        values = struct(8, 2, 2, 16, 64, dtype="int8")
-        pool = QuantizedPool(values, struct(8, 2, 2, 16, dtype="float32"))
+    if layout == "unscaled":
+        pool = struct(8, 2, 2, 16, 64, dtype="int8")
     metadata = AttentionMetadata(*[struct(4, 8, dtype="int32")] * 9)
     kv = struct(num_tokens, 2, 64)
     return Request(struct(num_tokens, 4, 64), kv, kv, pool, metadata, 1.0, None, soft_cap, False)
@@ -224,7 +245,7 @@ def test_none_fits_and_every_backend_says_why() -> None:
         ("pallas_tpu", {"layout": "tpu", "dtype": "float16"}, "tpu", "queries are float16"),
         ("pallas_triton", {}, "cpu", "it runs on GPU, this is cpu"),
         ("pallas_triton", {"layout": "tpu"}, "gpu", r"it must be \[N, 2, K, B, 64\]"),
-        ("blocked", {"layout": "quantized"}, "cpu", "it has no quantized pools"),
+        ("blocked", {"layout": "unscaled"}, "cpu", "a pool of int8 needs scales"),
         ("blocked", {"num_tokens": 17}, "cpu", "17 tokens are neither at most 16 nor a multiple of it"),
         ("blocked", {"layout": "tpu"}, "tpu", r"it must be \[N, 2, 2, B, 64\]"),
         ("reference", {"layout": "tpu"}, "tpu", r"it must be \[N, 2, 2, B, 64\]"),
