@@ -114,6 +114,7 @@ def make_parser() -> argparse.ArgumentParser:
     engine.add_argument("--coordinator-address", help="host:port of process 0, where several processes meet")
     engine.add_argument("--num-processes", type=_int, help="processes of the engine, on one or several hosts")
     engine.add_argument("--process-id", type=_int, help="which one this is; 0 serves, the others follow it")
+    engine.add_argument("--quantization", help="none, or int8: weights become int8 while they are loaded")
     engine.add_argument(
         "--kv-cache-dtype",
         type=lambda s: s.removesuffix("_e4m3"),
@@ -122,15 +123,9 @@ def make_parser() -> argparse.ArgumentParser:
     engine.add_argument("--enable-prefix-caching", action=argparse.BooleanOptionalAction)
     engine.add_argument("--enable-chunked-prefill", action=argparse.BooleanOptionalAction)
     engine.add_argument("--async-scheduling", action=argparse.BooleanOptionalAction)
-    later = parser.add_argument_group("of later versions: refused unless neutral")
-    for flag, neutral in NOT_YET.items():
-        later.add_argument(flag, type=_neutral(flag, neutral))
     return parser
 
 
-NOT_YET = {
-    "--quantization": ("none",),
-}
 LISTS = ("allowed_origins", "allowed_methods", "allowed_headers")
 RENAMED = {
     "gpu_memory_utilization": "memory_utilization",
@@ -163,8 +158,6 @@ def parse_args(arguments: Sequence[str]) -> ServerConfig:
             given[name] = _flattened(given[name])
     given["api_keys"] = _api_keys(given.get("api_keys", []), from_variable)
     given = {k: tuple(v) if isinstance(v, list) else v for k, v in given.items()}
-    for flag in NOT_YET:
-        given.pop(_destination(flag), None)
     engine_fields = EngineConfig.__dataclass_fields__
     engine = EngineConfig(**{k: v for k, v in given.items() if k in engine_fields})
     return ServerConfig(engine=engine, **{k: v for k, v in given.items() if k not in engine_fields})
@@ -192,19 +185,6 @@ def _flattened(values: list[str]) -> list[str]:
         except msgspec.DecodeError as error:
             raise ConfigError(f"{value[:100]!r} must be text or a JSON array of strings: {error}.") from error
     return result
-
-
-def _destination(flag: str) -> str:
-    return flag.removeprefix("--").replace("-", "_")
-
-
-def _neutral(flag: str, allowed: tuple[str, ...]) -> Any:
-    def check(value: str) -> str:
-        if value not in allowed:
-            raise ConfigError(f"{flag} {value} is not supported by this version; only {allowed[0]} is.")
-        return value
-
-    return check
 
 
 def _int(text: str) -> int:

@@ -11,6 +11,7 @@ from jaxserve.errors import ConfigError
 
 Dtype = Literal["auto", "bfloat16", "float16", "float32"]
 KVCacheDtype = Literal["auto", "bfloat16", "float16", "float32", "int8", "fp8"]
+Quantization = Literal["none", "int8"]
 LoadFormat = Literal["auto", "safetensors", "gguf", "dummy"]
 LogprobsMode = Literal["raw", "processed"]
 GuidedBackend = Literal["auto", "llguidance", "outlines", "lm-format-enforcer"]
@@ -31,6 +32,7 @@ class EngineConfig:
         model: directory in Hugging Face form, `.gguf` file, or hub id.
         tokenizer: likewise; None means the model's own.
         dtype: of weights, activations and (by default) the KV cache.
+        quantization: int8 makes weights int8 while they are loaded, whatever the checkpoint has.
         kv_cache_dtype: of the KV cache; auto is dtype. int8 and fp8 (float8_e4m3fn) have a scale per token and head.
         load_format: how the checkpoint is stored; "dummy" makes random weights of the right shape.
         max_model_len: L, tokens of prompt and output together.
@@ -56,6 +58,7 @@ class EngineConfig:
     model: str
     tokenizer: str | None = None
     dtype: Dtype = "auto"
+    quantization: Quantization = "none"
     kv_cache_dtype: KVCacheDtype = "auto"
     load_format: LoadFormat = "auto"
     max_model_len: int | None = None
@@ -80,6 +83,7 @@ class EngineConfig:
     def __post_init__(self) -> None:
         _require(bool(self.model), "--model", self.model, "a directory, a .gguf file or a hub id")
         _choice("--dtype", self.dtype, get_args(Dtype))
+        _choice("--quantization", self.quantization, get_args(Quantization))
         _choice("--kv-cache-dtype", self.kv_cache_dtype, get_args(KVCacheDtype))
         _choice("--load-format", self.load_format, get_args(LoadFormat))
         _choice("--attention-backend", self.attention_backend, get_args(AttentionBackend))

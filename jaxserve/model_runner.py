@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -164,6 +165,7 @@ class ModelRunner:
                 self.model_config,
                 dtype=self.dtype,
                 max_model_len=self.max_model_len,
+                quantized=config.quantization == "int8",
                 group=self.devices.group,
             )
         )
@@ -314,12 +316,19 @@ class ModelRunner:
             dict(zip(self._definition.names, self._definition.shapes, strict=True)),
             np.dtype(self.dtype),
             lambda shard, _, array: jax.device_put(array, devices.devices[shard]),
+            quantized=[
+                name
+                for name, dtype in zip(self._definition.names, self._definition.dtypes, strict=True)
+                if dtype == jnp.int8
+            ],
         )
         leaves = [devices.put_shards([shard[name] for shard in shards]) for name in self._definition.names]
         jax.block_until_ready(leaves)
         report(
             f"loaded {sum(x.nbytes for x in leaves) / 2**20:,.0f} MiB of weights in {_seconds_since(started)}"
         )
+        if self.platform == "cpu" and self.config.quantization == "none":
+            report("--quantization int8 decodes faster on a CPU and takes half the memory for weights")
         return leaves
 
     def _compile_all(
@@ -366,9 +375,7 @@ class ModelRunner:
         step = devices.spread(
             step, in_specs=(SHARDED, SHARDED, EVERYWHERE, EVERYWHERE), out_specs=(EVERYWHERE, SHARDED)
         )
-        leaves = devices.abstract_shards(
-            [jax.ShapeDtypeStruct(s, self.dtype) for s in self._definition.shapes]
-        )
+        leaves = devices.abstract_shards(self._definition.abstract())
         pools = devices.abstract_shards(self._abstract_pools(num_blocks))
         packed = devices.abstract_everywhere(jax.ShapeDtypeStruct((shape.size,), jnp.int32))
         lowered = jax.jit(step, donate_argnums=1).lower(leaves, pools, self._slots.on_device(), packed)
@@ -395,7 +402,7 @@ class ModelRunner:
             assert self.config.kv_cache_memory_bytes is not None
             pool_bytes = self.config.kv_cache_memory_bytes
         else:
-            weight_bytes = sum(int(np.prod(s)) for s in self._definition.shapes) * self.dtype.itemsize
+            weight_bytes = sum(math.prod(x.shape) * x.dtype.itemsize for x in self._definition.abstract())
             pool_bytes = self._free_bytes - weight_bytes - program_bytes
             if self.platform == "cpu":
                 pool_bytes = min(pool_bytes, CPU_DEFAULT_POOL_BYTES // self.devices.group.size)

@@ -27,13 +27,14 @@ class ModelDefinition:
     """A model taken apart: how to put it together again from flat parameter leaves inside a step.
 
     Attributes:
-        names, shapes: of the leaves, in order.
+        names, shapes, dtypes: of the leaves, in order.
     """
 
     graph: Any
     treedef: Any
     names: tuple[str, ...]
     shapes: tuple[tuple[int, ...], ...]
+    dtypes: tuple[jnp.dtype, ...]
 
     @classmethod
     def of(cls, build: Callable[[], Llama]) -> ModelDefinition:
@@ -41,7 +42,12 @@ class ModelDefinition:
         graph, state = nnx.split(nnx.eval_shape(build), nnx.Param)
         paths, treedef = jax.tree_util.tree_flatten_with_path(nnx.to_pure_dict(state))
         names = tuple(".".join(str(key.key) for key in path) for path, _ in paths)
-        return cls(graph, treedef, names, tuple(tuple(leaf.shape) for _, leaf in paths))
+        shapes = tuple(tuple(leaf.shape) for _, leaf in paths)
+        return cls(graph, treedef, names, shapes, tuple(leaf.dtype for _, leaf in paths))
+
+    def abstract(self) -> list[jax.ShapeDtypeStruct]:
+        """The leaves' shapes and dtypes."""
+        return list(map(jax.ShapeDtypeStruct, self.shapes, self.dtypes))
 
     def build(self, leaves: list[jax.Array]) -> Llama:
         """The model with these parameters."""

@@ -2,6 +2,9 @@
 
 In-process, no server. Each variant is measured in turn, several times around, and reported as the median of its steps
 and as a ratio to plain greedy decoding (with --only: to the first variant named) in the same rounds.
+With --against, greedy decoding and prefill are compared between two engines instead, in turn:
+
+    python scripts/bench_step.py MODEL --against '{"quantization": "int8"}'
 """
 
 from __future__ import annotations
@@ -11,6 +14,7 @@ import json
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -67,7 +71,11 @@ def main() -> None:
     parser.add_argument(
         "--only", action="append", help="measure steps of this variant and no sequences; repeatable"
     )
+    parser.add_argument("--against", type=json.loads, help="settings of a second engine, a JSON object")
     args = parser.parse_args()
+    if args.against is not None:
+        _compare(args)
+        return
     llm = LLM(args.model, max_model_len=1024)
     greedy_only = _greedy_only(args.model) if not args.only or GREEDY_ONLY in args.only else llm
     schema = Constraint(kind="json_schema", text=json.dumps(SCHEMA))
@@ -77,9 +85,9 @@ def main() -> None:
     for _ in range(args.rounds):
         for name in names:
             if name == GREEDY_ONLY:
-                times[name].append(_decode(greedy_only, VARIANTS["greedy"], constraint, args))
+                times[name].append(_decode(greedy_only, VARIANTS["greedy"], constraint, args, args.batch))
             else:
-                times[name].append(_decode(llm, VARIANTS[name], constraint, args))
+                times[name].append(_decode(llm, VARIANTS[name], constraint, args, args.batch))
     base = statistics.median(times[names[0]] if args.only else times["greedy"])
     for name, values in times.items():
         median = statistics.median(values)
@@ -124,10 +132,35 @@ def _prompt(args: argparse.Namespace, length: int | None = None) -> list[int]:
     return [int(i) for i in rng.integers(100, 40000, length or args.context)]
 
 
-def _decode(llm: LLM, variant: Variant, constraint: CompiledConstraint, args: argparse.Namespace) -> float:
+def _compare(args: argparse.Namespace) -> None:
+    """Two engines in turn: decode steps of several batch sizes, and prefill."""
+    engines = [LLM(args.model, max_model_len=1024, **settings) for settings in ({}, args.against)]
+    measures: dict[str, Callable[[LLM], float]] = {
+        f"decode, {batch} at {args.context} tokens": partial(_decode_greedily, args, batch)
+        for batch in (1, 8, 16, 64)
+    }
+    measures["prompt of 512 tokens"] = lambda llm: 1000 * _prefill(llm, args, None)
+    for name, measure in measures.items():
+        rounds = [[measure(llm) for llm in engines] for _ in range(args.rounds)]
+        first, second = (statistics.median(column) for column in zip(*rounds, strict=True))
+        ratios = sorted(a / b for a, b in rounds)
+        print(
+            f"{name:32s} {first:7.1f} ms, against {second:7.1f} ms; {first / second:.2f} x "
+            f"({ratios[0]:.2f} - {ratios[-1]:.2f})",
+            flush=True,
+        )
+
+
+def _decode_greedily(args: argparse.Namespace, batch: int, llm: LLM) -> float:
+    return _decode(llm, VARIANTS["greedy"], None, args, batch)
+
+
+def _decode(
+    llm: LLM, variant: Variant, constraint: CompiledConstraint | None, args: argparse.Namespace, batch: int
+) -> float:
     """Median milliseconds of a step in which all sequences decode."""
     engine = llm.engine
-    for i in range(args.batch):
+    for i in range(batch):
         engine.add_request(
             AddRequest(
                 request_id=str(i),
@@ -141,9 +174,9 @@ def _decode(llm: LLM, variant: Variant, constraint: CompiledConstraint, args: ar
     while len(taken) < args.steps:
         started = time.perf_counter()
         outputs = engine.step()
-        if outputs.stats.num_tokens == args.batch:
+        if outputs.stats.num_tokens == batch:
             taken.append((time.perf_counter() - started) * 1000)
-    for i in range(args.batch):
+    for i in range(batch):
         engine.abort_request(AbortRequest(request_id=str(i)))
     return statistics.median(taken)
 

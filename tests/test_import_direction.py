@@ -10,10 +10,11 @@ import pytest
 ROOT = Path(__file__).parents[1] / "jaxserve"
 RANKS = [  # from the bottom up; modules of one rank do not import each other
     "errors kernels kernels.metadata token_bound",
-    "config sampling_params kernels.reference kernels.blocked_attention",
+    "config sampling_params kernels.reference",
     "kernels.pallas_tpu_layout", "kernels.pallas_tpu_common", "kernels.pallas_tpu_decode kernels.pallas_tpu_prefill",
     "constraints constraints.constraint constraints.backends", "constraints.backends.base",
-    "messages constraints.text_constraint kernels.pallas_tpu kernels.pallas_triton compilation demo_model",
+    "messages constraints.text_constraint compilation demo_model",
+    "kernels.blocked_attention kernels.pallas_tpu kernels.pallas_triton",
     "models models.config",
     "sequence models.rope kernels.paged_attention sharding", "models.layers logits_processors",
     "block_manager models.loader.checkpoint models.loader.hub models.loader.gguf models.loader.safetensors",

@@ -14,7 +14,7 @@ from tests.test_engine import TINY, Tokens, make_engine, mixed_requests, run_all
 
 NUM_REQUESTS = 40
 KINDS: dict[str, dict[str, Any]] = {
-    "int8 KV": {"kv_cache_dtype": "int8"},
+    "int8 weights and KV": {"quantization": "int8", "kv_cache_dtype": "int8"},
 }
 
 

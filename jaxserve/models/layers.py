@@ -3,18 +3,50 @@
 Weights keep the checkpoint's layout [out, in] and are contracted on the last axis of both: XLA:CPU runs that
 form fastest, and nothing needs a transpose while loading. Products accumulate in float32; asking for a
 bfloat16 result directly makes XLA:CPU fall off its fast path (12 × slower for the output layer).
+
+Quantized weights are int8 with one scale per output channel. Their inputs are quantized as they come, with one scale
+per row, so that a row's result depends on no other; sums of int32 are exact in any order.
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
+from jaxserve.kernels.reference import INT8_MAX
 from jaxserve.sharding import ONE_CHIP, TensorParallel, VocabShard
 
 MAX_SUMMED_ROWS = 1 << 15
+CONTRACT_LAST = (((1,), (1,)), ((), ()))
+
+
+class QuantizedRows(NamedTuple):
+    """values [T, in] int8 · scales [T, 1] float32."""
+
+    values: jax.Array
+    scales: jax.Array
+
+
+def quantize_rows(x: jax.Array) -> QuantizedRows:
+    """[T, in]: the largest element of a row becomes ±127."""
+    x = x.astype(jnp.float32)
+    scales = jnp.max(jnp.abs(x), axis=-1, keepdims=True) / INT8_MAX
+    values = jnp.round(x / jnp.where(scales > 0, scales, 1.0))
+    return QuantizedRows(values.astype(jnp.int8), scales)
+
+
+def matmul_int8(x: jax.Array | QuantizedRows, weight: jax.Array, scale: jax.Array) -> jax.Array:
+    """x [T, in] · (weight [out, in] int8 · scale [out]) → [T, out] float32."""
+    values, scales = x if isinstance(x, QuantizedRows) else quantize_rows(x)
+    T = values.shape[0]
+    if T == 1:  # XLA:CPU has no fast product of one row; reading the weights bounds two rows as well
+        values = jnp.broadcast_to(values, (2, values.shape[1]))
+    sums = lax.dot_general(values, weight, CONTRACT_LAST, preferred_element_type=jnp.int32)[:T]
+    return sums.astype(jnp.float32) * (scales * scale)
 
 
 def matmul(x: jax.Array, weight: jax.Array) -> jax.Array:
@@ -25,8 +57,7 @@ def matmul(x: jax.Array, weight: jax.Array) -> jax.Array:
         # one row is bound by reading the weights: a sum reads them as they are, a product repacks them first
         return jnp.sum(weight.astype(jnp.float32) * x[0].astype(jnp.float32)[None, :], axis=1)[None]
     precision = lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
-    dims = (((1,), (1,)), ((), ()))
-    return lax.dot_general(x, weight, dims, precision=precision, preferred_element_type=jnp.float32)
+    return lax.dot_general(x, weight, CONTRACT_LAST, precision=precision, preferred_element_type=jnp.float32)
 
 
 class Linear(nnx.Module):
@@ -43,17 +74,26 @@ class Linear(nnx.Module):
         *,
         bias: bool,
         dtype: jnp.dtype,
+        quantized: bool = False,
         summed_over: TensorParallel = ONE_CHIP,
     ) -> None:
         self.summed_over = summed_over
-        self.weight = nnx.Param(jnp.zeros((out_features, in_features), dtype))
+        self.weight = nnx.Param(jnp.zeros((out_features, in_features), jnp.int8 if quantized else dtype))
+        self.scale = nnx.Param(jnp.zeros((out_features,), jnp.float32)) if quantized else None
         self.bias = nnx.Param(jnp.zeros((out_features,), dtype)) if bias else None
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        out = self.summed_over.sum(matmul(x, self.weight[...]))
+    def __call__(self, x: jax.Array | QuantizedRows) -> jax.Array:
+        out = self.summed_over.sum(self.product(x))
         if self.bias is not None:
             out += self.bias[...].astype(jnp.float32)
         return out
+
+    def product(self, x: jax.Array | QuantizedRows) -> jax.Array:
+        """With a chip's share of the weight, without the bias. Only quantized weights take quantized inputs."""
+        if self.scale is not None:
+            return matmul_int8(x, self.weight[...], self.scale[...])
+        assert not isinstance(x, QuantizedRows)
+        return matmul(x, self.weight[...])
 
 
 class Embedding(nnx.Module):
@@ -63,16 +103,27 @@ class Embedding(nnx.Module):
         vocab: which rows of the table a chip has.
     """
 
-    def __init__(self, vocab: VocabShard, features: int, *, dtype: jnp.dtype) -> None:
+    def __init__(
+        self, vocab: VocabShard, features: int, *, dtype: jnp.dtype, quantized: bool = False
+    ) -> None:
         self.vocab = vocab
-        self.weight = nnx.Param(jnp.zeros((vocab.num_local, features), dtype))
+        self.weight = nnx.Param(jnp.zeros((vocab.num_local, features), jnp.int8 if quantized else dtype))
+        self.scale = nnx.Param(jnp.zeros((vocab.num_local,), jnp.float32)) if quantized else None
 
     def __call__(self, token_ids: jax.Array) -> jax.Array:
         index = self.vocab.local(token_ids, elsewhere=-1)
         rows = self.weight[...].at[index].get(mode="clip").astype(jnp.float32)
+        if self.scale is not None:
+            rows = rows * self.scale[...].at[index].get(mode="clip")[:, None]
         if self.vocab.group.size == 1:
             return rows
         return self.vocab.group.sum(jnp.where(index[:, None] >= 0, rows, 0.0))
+
+    def logits(self, hidden: jax.Array) -> jax.Array:
+        """hidden [R, E] → [R, V] float32, where the table is the output layer as well."""
+        if self.scale is not None:
+            return matmul_int8(hidden, self.weight[...], self.scale[...])
+        return matmul(hidden, self.weight[...])
 
 
 class RMSNorm(nnx.Module):

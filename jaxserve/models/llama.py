@@ -19,7 +19,15 @@ from jaxserve.kernels.metadata import AttentionMetadata
 from jaxserve.kernels.paged_attention import paged_attention
 from jaxserve.kernels.reference import QuantizedPool
 from jaxserve.models.config import ModelConfig
-from jaxserve.models.layers import Embedding, Linear, RMSNorm, matmul, rms_norm, rotary_embedding
+from jaxserve.models.layers import (
+    Embedding,
+    Linear,
+    QuantizedRows,
+    RMSNorm,
+    quantize_rows,
+    rms_norm,
+    rotary_embedding,
+)
 from jaxserve.models.loader import Part, TensorSlot
 from jaxserve.models.rope import rope_frequencies
 from jaxserve.sharding import ONE_CHIP, TensorParallel, VocabShard, shard_config
@@ -32,16 +40,23 @@ LayerIndex = int | jax.Array
 class Attention(nnx.Module):
     """Parameters of grouped-query self-attention with rotary positions."""
 
-    def __init__(self, config: ModelConfig, dtype: jnp.dtype, group: TensorParallel) -> None:
+    def __init__(
+        self, config: ModelConfig, dtype: jnp.dtype, group: TensorParallel, *, quantized: bool
+    ) -> None:
         heads = config.num_heads + 2 * config.num_kv_heads
         self.qkv_proj = Linear(
-            config.hidden_size, heads * config.head_dim, bias=config.attention_bias, dtype=dtype
+            config.hidden_size,
+            heads * config.head_dim,
+            bias=config.attention_bias,
+            dtype=dtype,
+            quantized=quantized,
         )
         self.o_proj = Linear(
             config.num_heads * config.head_dim,
             config.hidden_size,
             bias=config.attention_bias,
             dtype=dtype,
+            quantized=quantized,
             summed_over=group,
         )
 
@@ -49,20 +64,24 @@ class Attention(nnx.Module):
 class MLP(nnx.Module):
     """Parameters of SwiGLU (Shazeer 2020)."""
 
-    def __init__(self, config: ModelConfig, dtype: jnp.dtype, group: TensorParallel) -> None:
-        hidden, inner = config.hidden_size, config.intermediate_size
-        self.gate_up_proj = Linear(hidden, 2 * inner, bias=config.mlp_bias, dtype=dtype)
-        self.down_proj = Linear(inner, hidden, bias=config.mlp_bias, dtype=dtype, summed_over=group)
+    def __init__(
+        self, config: ModelConfig, dtype: jnp.dtype, group: TensorParallel, *, quantized: bool
+    ) -> None:
+        hidden, inner, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
+        self.gate_up_proj = Linear(hidden, 2 * inner, bias=bias, dtype=dtype, quantized=quantized)
+        self.down_proj = Linear(inner, hidden, bias=bias, dtype=dtype, quantized=quantized, summed_over=group)
 
 
 class DecoderLayer(nnx.Module):
     """Parameters of one layer."""
 
-    def __init__(self, config: ModelConfig, dtype: jnp.dtype, group: TensorParallel) -> None:
+    def __init__(
+        self, config: ModelConfig, dtype: jnp.dtype, group: TensorParallel, *, quantized: bool
+    ) -> None:
         self.input_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps, dtype=dtype)
-        self.self_attn = Attention(config, dtype, group)
+        self.self_attn = Attention(config, dtype, group, quantized=quantized)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps, dtype=dtype)
-        self.mlp = MLP(config, dtype, group)
+        self.mlp = MLP(config, dtype, group, quantized=quantized)
 
 
 class Llama(nnx.Module):
@@ -71,6 +90,7 @@ class Llama(nnx.Module):
 
     Args:
         config: of the whole model.
+        quantized: whether projections, embeddings and output layer are int8 (layers.py).
         group: the chips that share it.
     """
 
@@ -80,17 +100,22 @@ class Llama(nnx.Module):
         *,
         dtype: jnp.dtype,
         max_model_len: int,
+        quantized: bool = False,
         group: TensorParallel = ONE_CHIP,
     ) -> None:
         vocab = VocabShard(config.vocab_size, group)
         self.config = config = shard_config(config, group.size)
         self.max_model_len = max_model_len
-        self.embed_tokens = Embedding(vocab, config.hidden_size, dtype=dtype)
-        self.layers = nnx.List([DecoderLayer(config, dtype, group) for _ in range(config.num_layers)])
+        self.embed_tokens = Embedding(vocab, config.hidden_size, dtype=dtype, quantized=quantized)
+        self.layers = nnx.List(
+            [DecoderLayer(config, dtype, group, quantized=quantized) for _ in range(config.num_layers)]
+        )
         self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps, dtype=dtype)
         tied = config.tie_word_embeddings
         self.lm_head = (
-            None if tied else Linear(config.hidden_size, config.vocab_size, bias=False, dtype=dtype)
+            None
+            if tied
+            else Linear(config.hidden_size, config.vocab_size, bias=False, dtype=dtype, quantized=quantized)
         )
 
     def __call__(
@@ -165,7 +190,10 @@ class Llama(nnx.Module):
     def _apply(self, layer: LayerIndex, part: Callable[[DecoderLayer], Linear], x: jax.Array) -> jax.Array:
         if isinstance(layer, int):
             return part(self.layers[layer])(x)
-        out: jax.Array = lax.switch(layer, [part(module) for module in self.layers], x)
+        inputs: jax.Array | QuantizedRows = x
+        if part(self.layers[0]).scale is not None:
+            inputs = quantize_rows(x)  # once, not in every branch
+        out: jax.Array = lax.switch(layer, [part(module) for module in self.layers], inputs)
         return out
 
     def _normalize(
@@ -178,8 +206,7 @@ class Llama(nnx.Module):
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """hidden [R, E] → [R, V] float32; a chip's share, its padding included."""
-        head = self.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
-        return matmul(hidden, head[...])
+        return self.embed_tokens.logits(hidden) if self.lm_head is None else self.lm_head.product(hidden)
 
 
 def checkpoint_slots(config: ModelConfig, *, num_shards: int = 1, shard: int = 0) -> dict[str, TensorSlot]:

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from jaxserve.api.cli import NOT_YET, make_parser, parse_args
+from jaxserve.api.cli import make_parser, parse_args
 from jaxserve.config import EngineConfig, ServerConfig
 from jaxserve.errors import ConfigError
 
@@ -27,6 +27,7 @@ SETTINGS: list[tuple[list[str], str, Any]] = [
     (["--tokenizer", "t"], "tokenizer", "t"),
     (["--served-model-name", "a"], "served_model_names", ("a",)),
     (["--dtype", "float32"], "dtype", "float32"),
+    (["--quantization", "int8"], "quantization", "int8"),
     (["--kv-cache-dtype", "int8"], "kv_cache_dtype", "int8"),
     (["--kv-cache-dtype", "fp8_e4m3"], "kv_cache_dtype", "fp8"),
     (["--load-format", "dummy"], "load_format", "dummy"),
@@ -218,7 +219,7 @@ def test_the_variable_is_gone_afterwards_so_that_no_child_process_has_it(
         (["--allowed-origins", "[1]"], "JSON array of strings"),
         (["--api-key", ""], "--api-key must not be empty"),
         (["--api-key", "two words"], "API key must be printable and without spaces"),
-        (["--quantization", "fp8"], "--quantization fp8 is not supported"),
+        (["--quantization", "fp8"], "--quantization must be one of none, int8"),
         (["--kv-cache-dtype", "fp8_e5m2"], "--kv-cache-dtype must be one of auto, bfloat16,"),
         (["--tensor-parallel-size", "0"], "--tensor-parallel-size must be an integer of at least 1"),
         (["--guided-decoding-backend", "xgrammar"], "--guided-decoding-backend must be one of auto, llguidance"),
@@ -240,11 +241,6 @@ def test_the_model_is_required() -> None:
         parse_args([])
     with pytest.raises(ConfigError, match="--model"):
         parse_args(["--model", ""])
-
-
-@pytest.mark.parametrize(("flag", "neutral"), [(flag, values[0]) for flag, values in NOT_YET.items()])
-def test_what_later_versions_bring_is_accepted_where_it_changes_nothing(flag: str, neutral: str) -> None:
-    assert _parse(flag, neutral) == _parse()
 
 
 def test_a_refused_key_is_not_repeated() -> None:

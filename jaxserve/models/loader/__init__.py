@@ -6,13 +6,21 @@ from pathlib import Path
 
 from jaxserve.config import LoadFormat
 from jaxserve.errors import ModelLoadError
-from jaxserve.models.loader.checkpoint import Checkpoint, Part, TensorSlot, load_params
+from jaxserve.models.loader.checkpoint import Checkpoint, Part, TensorSlot, load_params, scale_name
 from jaxserve.models.loader.dummy import DummyCheckpoint
 from jaxserve.models.loader.gguf import GGUFCheckpoint
 from jaxserve.models.loader.hub import resolve_model
 from jaxserve.models.loader.safetensors import SafetensorsCheckpoint
 
-__all__ = ["Checkpoint", "Part", "TensorSlot", "load_params", "open_checkpoint", "resolve_model"]
+__all__ = [
+    "Checkpoint",
+    "Part",
+    "TensorSlot",
+    "load_params",
+    "open_checkpoint",
+    "resolve_model",
+    "scale_name",
+]
 
 
 def open_checkpoint(path: Path, load_format: LoadFormat) -> Checkpoint:

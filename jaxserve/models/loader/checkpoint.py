@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol, TypeVar
 
 import numpy as np
@@ -19,6 +19,8 @@ Array = npt.NDArray[Any]
 # Buffers that old exporters saved although they are computed, not learned
 IGNORED_SUFFIXES = ("rotary_emb.inv_freq", "attn.masked_bias")
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+QUANTIZED_PIECE = 1 << 20  # numbers quantized at once: what they take in float32 is little beside a tensor
+INT8_MAX = 127.0
 ALIGNMENT = 64  # bytes: XLA:CPU takes an array that begins at a multiple of it as it is, without a copy
 
 
@@ -67,6 +69,7 @@ def load_params(
     param_shapes: Mapping[str, tuple[int, ...]],
     dtype: np.dtype[Any],
     place: Callable[[int, str, Array], T],
+    quantized: Collection[str] = (),
 ) -> list[dict[str, T]]:
     """Fill every parameter of every shard, in file order, and place it as soon as its last tensor has been read.
 
@@ -78,6 +81,8 @@ def load_params(
         param_shapes: of every parameter; a shard's.
         dtype: that parameters are cast to.
         place: puts a finished parameter of the n-th shard on its device. It owns the array from then on.
+        quantized: parameters that become int8, tensor by tensor. Each brings a parameter `scale_name`, float32, of
+            one number a row. The tensor at hand exists in `dtype` as well.
 
     Raises:
         ModelLoadError: a tensor is missing, surplus, of a wrong shape or beyond the range of `dtype`; the first
@@ -93,16 +98,46 @@ def load_params(
         if name in ignored:
             continue
         param = shards[0][name].param
-        if param not in buffers:
-            buffers[param] = [_zeros(param_shapes[param], dtype) for _ in shards]
+        own_slots = [slots[name] for slots in shards]
         # no name here keeps a placed buffer alive
-        _fill(checkpoint, name, [slots[name] for slots in shards], buffers[param])
+        if param in quantized:
+            if param not in buffers:
+                buffers[param] = [_zeros(param_shapes[param], np.dtype(np.int8)) for _ in shards]
+                buffers[scale_name(param)] = [
+                    _zeros(param_shapes[param][:1], np.dtype(np.float32)) for _ in shards
+                ]
+            _fill_quantized(checkpoint, name, own_slots, dtype, buffers[param], buffers[scale_name(param)])
+        else:
+            if param not in buffers:
+                buffers[param] = [_zeros(param_shapes[param], dtype) for _ in shards]
+            _fill(checkpoint, name, own_slots, buffers[param])
         remaining[param] -= 1
-        if remaining[param] == 0:
-            finished = buffers.pop(param)
+        if remaining[param] > 0:
+            continue
+        for finished_name in (param, scale_name(param)) if param in quantized else (param,):
+            finished = buffers.pop(finished_name)
             for shard in reversed(range(len(shards))):
-                placed[shard][param] = place(shard, param, finished.pop())
+                placed[shard][finished_name] = place(shard, finished_name, finished.pop())
     return placed
+
+
+def scale_name(param: str) -> str:
+    """The parameter with the scales of a quantized weight."""
+    return f"{param.removesuffix('weight')}scale"
+
+
+def quantize_rows(tensor: Array) -> tuple[Array, Array]:
+    """[rows, columns] → int8 of the same shape and the rows' scales, float32 [rows]: what is largest in a row
+    becomes ±127."""
+    values, scales = np.empty(tensor.shape, np.int8), np.empty(len(tensor), np.float32)
+    step = max(1, QUANTIZED_PIECE // tensor.shape[1])
+    for start in range(0, len(tensor), step):
+        rows = tensor[start : start + step].astype(np.float32)
+        largest = np.abs(rows).max(axis=1)
+        scales[start : start + step] = largest / np.float32(INT8_MAX)
+        rows /= np.where(largest > 0, scales[start : start + step], np.float32(1))[:, None]
+        values[start : start + step] = np.rint(rows)
+    return values, scales
 
 
 def _fill(checkpoint: Checkpoint, name: str, slots: list[TensorSlot], buffers: list[Array]) -> None:
@@ -117,10 +152,38 @@ def _fill(checkpoint: Checkpoint, name: str, slots: list[TensorSlot], buffers: l
     tensor = _zeros(shape, buffers[0].dtype)
     _read(checkpoint, name, tensor)
     for slot, buffer in zip(slots, buffers, strict=True):
-        assert slot.part is not None
+        _put(tensor, slot, buffer)
+
+
+def _fill_quantized(
+    checkpoint: Checkpoint,
+    name: str,
+    slots: list[TensorSlot],
+    dtype: np.dtype[Any],
+    values: list[Array],
+    scales: list[Array],
+) -> None:
+    """Likewise, quantized before it is cut: every chip has the scales of whole rows."""
+    tensor = _zeros(slots[0].shape, dtype)
+    _read(checkpoint, name, tensor)
+    if not np.isfinite(tensor).all():
+        raise ModelLoadError(
+            f"The tensor {name} has values that are no finite numbers: int8 cannot hold them."
+        )
+    quantized, row_scales = quantize_rows(tensor)
+    for slot, value_buffer, scale_buffer in zip(slots, values, scales, strict=True):
+        _put(quantized, slot, value_buffer)
+        _put(row_scales, slot, scale_buffer)
+
+
+def _put(tensor: Array, slot: TensorSlot, buffer: Array) -> None:
+    """A chip's part of a tensor, or of its rows' scales."""
+    part = tensor
+    if slot.part is not None:
         axis, start, stop = slot.part
-        part = tensor[start:stop] if axis == 0 else tensor[:, start:stop]
-        buffer[slot.row : slot.row + len(part)] = part
+        if axis < tensor.ndim:  # a cut through the columns leaves the rows as they are
+            part = tensor[start:stop] if axis == 0 else tensor[:, start:stop]
+    buffer[slot.row : slot.row + len(part)] = part
 
 
 def _read(checkpoint: Checkpoint, name: str, out: Array) -> None:
