@@ -63,7 +63,7 @@ def write_kv(
         def put(pool: jax.Array, rows: jax.Array) -> jax.Array:
             _, _, K, *rest = rows.shape
             update = _slice(rows, t, 1).reshape(1, 2, K, 1, *rest)
-            index = [block, 0, 0, offset] + [0] * len(rest)
+            index: list[jax.Array | int] = [block, 0, 0, offset, *[0] * len(rest)]
             return lax.dynamic_update_slice(pool, update, index, allow_negative_indices=False)
 
         written: Pool = jax.tree.map(put, pool, rows)
