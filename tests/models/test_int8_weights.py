@@ -102,19 +102,18 @@ def test_a_weight_that_is_no_number_is_refused() -> None:
         )
 
 
-@pytest.mark.parametrize("variant", ["gqa 2", "untied"])
-def test_logits_stay_close_to_transformers(variant: str, tmp_path: Path) -> None:
-    """Tied, the table is read by row for tokens and multiplied for logits. Random weights have no outliers, and no
-    redundancy either: 8 bits leave 2 % of error."""
+def test_logits_stay_close_to_transformers(tmp_path: Path) -> None:
+    """The table is read by row for tokens and multiplied for logits. Random weights have no outliers, and no
+    redundancy either: 8 bits leave a few percent of error."""
     stored = np.load(DATA / "tiny_llama.npz")
     config = EngineConfig(
-        model=str(write_tiny_model(tmp_path / "model", variant)),
+        model=str(write_tiny_model(tmp_path / "model", "gqa 2")),
         dtype="float32",
         quantization="int8",
         max_num_seqs=1,
         max_num_batched_tokens=8,
         kv_cache_memory_bytes=4 << 20,
     )
-    logits = ModelRunner(config).prompt_logits(stored[f"{variant}/prompt"].tolist())
-    error = logits - stored[f"{variant}/logits"]
-    assert 0 < error.std() < 0.05 * stored[f"{variant}/logits"].std()
+    logits = ModelRunner(config).prompt_logits(stored["gqa 2/prompt"].tolist())
+    error = logits - stored["gqa 2/logits"]
+    assert 0 < error.std() < 0.05 * stored["gqa 2/logits"].std()
