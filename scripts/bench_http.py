@@ -85,7 +85,8 @@ import asyncio, json, sys, time
 port, streams, tokens, rounds = map(int, sys.argv[1:])
 body = json.dumps({"model": "demo", "stream": True, "max_tokens": tokens, "ignore_eos": True,
                    "messages": [{"role": "user", "content": "Tell me a story."}]}).encode()
-head = b"POST /v1/chat/completions HTTP/1.1\\r\\nHost: x\\r\\nContent-Type: application/json\\r\\nConnection: close\\r\\n"
+head = (b"POST /v1/chat/completions HTTP/1.1\\r\\nHost: x\\r\\n"
+        b"Content-Type: application/json\\r\\nConnection: close\\r\\n")
 async def one():
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     writer.write(head + b"Content-Length: %d\\r\\n\\r\\n" % len(body) + body)
