@@ -262,7 +262,7 @@ def test_a_message_can_be_constrained(demo_model_path: Path, llm: LLM) -> None:
         ("a|b", "not a text"),
         (object(), "Outlines makes no constraint of <object"),
     ],
-    ids=str,
+    ids=lambda value: value if isinstance(value, str) else type(value).__name__,
 )
 def test_what_cannot_be_enforced_is_refused_before_anything_runs(
     llm: LLM, constraint: object, message: str
