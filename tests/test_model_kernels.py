@@ -25,6 +25,8 @@ from jaxserve.step import ModelDefinition
 from jaxserve.step_inputs import StepShape, pack_step
 from tests.tiny_llama import tiny_config
 
+pytestmark = pytest.mark.heavy
+
 B, M, NUM_BLOCKS, MAX_MODEL_LEN = 16, 8, 20, 128
 KERNELS = {
     "pallas_triton": functools.partial(pallas_triton.paged_attention, interpret=True),

@@ -86,6 +86,7 @@ def completion(server: ServerProcess, prompt: list[int], **options: Any) -> list
     return [int(token.removeprefix("token_id:")) for token in tokens]
 
 
+@pytest.mark.heavy
 def test_two_processes_serve_what_one_does_until_one_of_them_dies(
     model: Path, demo_model_path: Path, tmp_path: Path
 ) -> None:

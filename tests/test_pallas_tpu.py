@@ -29,6 +29,8 @@ from jaxserve.kernels.pallas_tpu_prefill import LongRows
 from jaxserve.kernels.reference import QuantizedPool, quantize_kv
 from tests.attention_cases import Case, Variant, draw_case
 
+pytestmark = pytest.mark.heavy
+
 # the first five of each cover every dtype, windows, caps and groupings; the others are for the full run
 DECODE = (
     Variant(8, 16, 4, 2, 64, "float32", "float32", decode_only=True),

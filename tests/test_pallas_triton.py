@@ -21,6 +21,8 @@ from jaxserve.kernels import pallas_triton
 from jaxserve.kernels.reference import QuantizedPool
 from tests.attention_cases import Case, Variant, draw_case
 
+pytestmark = pytest.mark.heavy
+
 LONG_ROWS = (1, 1, 2, 40, 63, 64, 65, 90)
 # the first five of each cover every dtype, windows, caps and groupings; the others are for the full run
 DECODE = (

@@ -43,6 +43,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
     return parsed
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize(("kv_heads", "devices"), [case for case in KV_HEADS_AND_DEVICES if case[1] > 1])
 def test_tokens_and_logprobs_are_those_of_one_device(results: Results, kv_heads: int, devices: int) -> None:
     one, several = (results[f"{kv_heads} kv heads on {n}"] for n in (1, devices))
@@ -54,6 +55,7 @@ def test_tokens_and_logprobs_are_those_of_one_device(results: Results, kv_heads:
             np.testing.assert_allclose(logprobs, those_of_one, rtol=0, atol=1e-5)
 
 
+@pytest.mark.heavy
 def test_the_requests_differ_from_each_other(results: Results) -> None:
     for outcome in results.values():
         assert len({str(request["tokens"]) for request in outcome}) > 90

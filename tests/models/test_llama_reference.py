@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -14,12 +16,20 @@ from jaxserve.config import EngineConfig
 from jaxserve.engine import Engine
 from jaxserve.errors import ConfigError
 from jaxserve.messages import AddRequest
-from jaxserve.model_runner import ModelRunner
+from jaxserve.model_runner import PLATFORM_DEFAULTS, ModelRunner
 from jaxserve.sampling_params import SamplingParams
 from tests.tiny_llama import VARIANTS, write_tiny_model
 
 DATA = Path(__file__).parents[1] / "data"
 STRIDE = 97
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_program() -> Iterator[None]:
+    """Every engine here has one bucket: what is compared is the model, and compiling is most of the time."""
+    defaults = PLATFORM_DEFAULTS["cpu"]._replace(smallest_buckets=(256,))
+    with mock.patch.dict(PLATFORM_DEFAULTS, {"cpu": defaults}):
+        yield
 
 
 def greedy(runner: ModelRunner, prompts: list[list[int]], count: int) -> list[list[int]]:
