@@ -19,6 +19,8 @@ from jaxserve.errors import RequestError
 from tests.hostile_constraints import HOSTILE, SLOW, schema
 from tests.tiny_tokenizers import backend_of
 
+pytestmark = pytest.mark.timing
+
 CHOICE = Constraint(kind="choice", text='["positive", "negative"]')
 
 

@@ -180,6 +180,8 @@ from jaxserve.errors import JobError
 from jaxserve.killable_worker import KillableWorker
 from tests.misbehaving_worker import LIMITS
 
+pytestmark = pytest.mark.timing
+
 async def main():
     worker = KillableWorker("{module}", LIMITS)
     await worker.run(b"echo")

@@ -20,7 +20,7 @@ import pytest
 from tests.server_process import running_server
 from tests.tiny_llama import write_tiny_model
 
-pytestmark = pytest.mark.model
+pytestmark = [pytest.mark.model, pytest.mark.timing]
 UNAUTHORIZED = {
     "error": {
         "message": "Missing or wrong API key. Send it as `Authorization: Bearer <key>`.",

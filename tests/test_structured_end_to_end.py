@@ -18,7 +18,7 @@ from tests.hostile_constraints import HOSTILE
 from tests.hostile_streams import observe
 from tests.server_process import ServerProcess, running_server
 
-pytestmark = pytest.mark.model
+pytestmark = [pytest.mark.model, pytest.mark.timing]
 MODEL = "smollm2"
 MESSAGES: list[Any] = [
     {"role": "system", "content": "You are a helpful assistant."},

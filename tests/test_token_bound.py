@@ -14,6 +14,8 @@ from jaxserve.token_bound import TokenBound
 from jaxserve.tokenizer import BYTES_OF_CHARACTERS, Tokenizer
 from tests.tiny_tokenizers import FAMILIES, SPECIAL, backend_of, tokenizer_of
 
+pytestmark = pytest.mark.timing
+
 BOUNDED = ("byte level", "SentencePiece")
 
 

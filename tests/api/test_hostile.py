@@ -13,6 +13,8 @@ from jaxserve.tokenizer import Tokenizer
 from tests.api.fake_engine import FakeEngineClient, fake_info, generate
 from tests.api.small_model import END, MODEL, VOCAB_SIZE, make_app, make_tokenizer
 
+pytestmark = pytest.mark.timing
+
 COMPLETIONS, CHAT, TOKENIZE, DETOKENIZE = ROUTES = (
     "/v1/completions",
     "/v1/chat/completions",

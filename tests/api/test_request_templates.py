@@ -19,6 +19,8 @@ from jaxserve.tokenizer import Tokenizer
 from tests.api.fake_engine import FakeEngineClient, fake_info, generate
 from tests.api.small_model import END, MODEL, VOCAB_SIZE, make_context, make_tokenizer
 
+pytestmark = pytest.mark.timing
+
 MESSAGES = [{"role": "user", "content": "hi"}]
 SLOW = "{% for i in range(100000) %}{% for j in range(100000) %}{% endfor %}{% endfor %}"
 # what each bomb is stopped by

@@ -21,6 +21,8 @@ from tests.api.fake_engine import FakeEngineClient, generate
 from tests.api.http_server import Served, exchange, read_response, serving, until
 from tests.api.small_model import END, MODEL, falling_logprobs, make_context, make_tokenizer
 
+pytestmark = pytest.mark.timing
+
 BODY: dict[str, Any] = {"model": MODEL, "prompt": "a", "max_tokens": 60}
 STREAM = BODY | {"stream": True}
 
