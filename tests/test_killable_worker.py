@@ -21,6 +21,8 @@ from jaxserve.errors import JobError, QueueFullError
 from jaxserve.killable_worker import KillableWorker
 from tests.misbehaving_worker import LIMITS
 
+pytestmark = pytest.mark.timing
+
 MODULE = "tests.misbehaving_worker"
 
 
@@ -179,8 +181,6 @@ import asyncio
 from jaxserve.errors import JobError
 from jaxserve.killable_worker import KillableWorker
 from tests.misbehaving_worker import LIMITS
-
-pytestmark = pytest.mark.timing
 
 async def main():
     worker = KillableWorker("{module}", LIMITS)
