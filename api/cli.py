@@ -122,6 +122,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     engine.add_argument("--enable-prefix-caching", action=argparse.BooleanOptionalAction)
     engine.add_argument("--enable-chunked-prefill", action=argparse.BooleanOptionalAction)
+    engine.add_argument("--scheduling-policy", help="fcfs, or priority: requests of a lower priority first")
     engine.add_argument("--async-scheduling", action=argparse.BooleanOptionalAction)
     return parser
 

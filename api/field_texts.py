@@ -142,7 +142,7 @@ _NO_MEANING_HERE = {
     "prompt_cache_retention": _HINT,
     "prompt_cache_options": _HINT,
     "function_call": "The former name of tool_choice.",
-    "priority": "All requests are equal here.",
+    "priority": "The lower, the sooner the request is served; values other than 0 need `--scheduling-policy priority`.",
     "include_reasoning": "Answers are complete here.",
 }
 _COMMON = {"model": "One of the served names."}

@@ -266,6 +266,7 @@ class Generation:
         eos_token_ids: tuple[int, ...],
         constraint: CompiledConstraint | None = None,
         cache_salt: str | None = None,
+        priority: int = 0,
         arrived_at: float,
         timeout_s: float = 0.0,
         observe: Callable[[RequestTimings], None] = lambda _: None,
@@ -289,6 +290,7 @@ class Generation:
         self._eos_token_ids = eos_token_ids
         self._constraint = constraint
         self._cache_salt = cache_salt
+        self._priority = priority
         self._timeout_s = timeout_s
         self._deadline = arrived_at + timeout_s if timeout_s else None
         self._prompt_index: dict[str, int] = {}  # by engine id
@@ -337,6 +339,7 @@ class Generation:
             eos_token_ids=self._eos_token_ids,
             cache_salt=self._cache_salt,
             constraint=self._constraint,
+            priority=self._priority,
         )
 
     def steps(self) -> AsyncIterator[list[ChoiceDelta]]:

@@ -88,6 +88,7 @@ class GenerationRequest:
             settled by `length` once the prompt's tokens are known, its `bad_words_token_ids` by `bad_words`.
         bad_words: texts that must not be generated.
         constraint: what the text must be.
+        priority: the lower, the sooner it is served.
         request_id: the client's choice for the id of the response.
         ignored_fields: paths of unknown fields that were dropped.
     """
@@ -99,6 +100,7 @@ class GenerationRequest:
     bad_words: tuple[str, ...] = ()
     constraint: RequestConstraint | None = None
     cache_salt: str | None = None
+    priority: int = 0
     request_id: str | None = None
     ignored_fields: tuple[str, ...] = ()
 
@@ -215,6 +217,7 @@ class Protocol:
             bad_words=tuple(values["bad_words"] or ()),
             constraint=requested_constraint(values),
             cache_salt=values["cache_salt"],
+            priority=values["priority"],
             request_id=values["request_id"],
             ignored_fields=ignored,
         )
@@ -246,6 +249,7 @@ class Protocol:
             bad_words=tuple(values["bad_words"] or ()),
             constraint=constraint,
             cache_salt=values["cache_salt"],
+            priority=values["priority"],
             request_id=values["request_id"],
             ignored_fields=ignored,
         )

@@ -44,7 +44,7 @@ from jaxserve.api.fields import (
     token_id_schema,
     wrong_type,
 )
-from jaxserve.config import GuidedBackend, ToolCallParserName
+from jaxserve.config import GuidedBackend, SchedulingPolicy, ToolCallParserName
 from jaxserve.errors import RequestError
 from jaxserve.sampling_params import (
     INT64_MAX,
@@ -109,6 +109,7 @@ class ProtocolConfig:
         request_chat_template: whether requests may bring templates and variables of their own.
         guided_decoding_backend: what enforces constraints whose requests do not say it.
         tool_call_parser: finds calls in free text; None: `tool_choice` "auto" is not served.
+        scheduling_policy: whether requests may have priorities.
     """
 
     model_names: tuple[str, ...]
@@ -126,6 +127,7 @@ class ProtocolConfig:
     request_chat_template: bool = True
     guided_decoding_backend: GuidedBackend = "auto"
     tool_call_parser: ToolCallParserName | None = None
+    scheduling_policy: SchedulingPolicy = "fcfs"
 
 
 # Kinds of this API's own
@@ -546,8 +548,8 @@ def _openai_fields() -> tuple[Field, ...]:
     )
 
 
-def _vllm_fields() -> tuple[Field, ...]:
-    """vLLM's fields that are known and not served."""
+def _vllm_fields(config: ProtocolConfig) -> tuple[Field, ...]:
+    """vLLM's fields that are known, and not served by every server."""
     not_here = never("is not supported by this server; leave it out.")
     names = (
         "prompt_embeds",
@@ -569,7 +571,9 @@ def _vllm_fields() -> tuple[Field, ...]:
             name="priority",
             kind=Integer(),
             default=0,
-            refusal=never("must be 0 or absent: all requests are equal here.", 0),
+            refusal=None
+            if config.scheduling_policy == "priority"
+            else never("must be 0 or absent: other values need --scheduling-policy priority.", 0),
         ),
         _boolean("include_reasoning", True, refusal=never("must be true or absent.", True)),
     )
@@ -583,7 +587,7 @@ def _common_fields(config: ProtocolConfig, *, add_special_tokens: bool) -> tuple
         *_output_fields(config),
         *_structure_fields(config),
         *_openai_fields(),
-        *_vllm_fields(),
+        *_vllm_fields(config),
     )
 
 

@@ -55,6 +55,7 @@ def request_protocol(context: ServerContext) -> Protocol:
             request_chat_template=config.request_chat_template,
             guided_decoding_backend=config.guided_decoding_backend,
             tool_call_parser=config.tool_call_parser,
+            scheduling_policy=config.engine.scheduling_policy,
         )
     )
 
@@ -157,6 +158,7 @@ async def respond(
         eos_token_ids=context.generation_defaults.eos_token_ids,
         constraint=constraint,
         cache_salt=request.cache_salt,
+        priority=request.priority,
         arrived_at=arrival.monotonic,
         timeout_s=context.config.request_timeout_s,
         observe=ended,

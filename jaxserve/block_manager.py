@@ -57,6 +57,12 @@ class BlockManager:
         new_blocks = -(-end // self.block_size) - len(sequence.block_table)
         return (new_blocks if new_blocks > 0 else 0) + self._must_copy(sequence)
 
+    def has_room_for(self, sequence: Sequence) -> bool:
+        """Whether there are blocks for all known tokens of a sequence, with what it has or would find in the cache."""
+        found = [] if sequence.block_table else self._cached_prefix(sequence)
+        in_use = sum(self._ref_counts[block] > 0 for block in found)  # the others are in the free list
+        return self.blocks_needed(sequence, sequence.num_uncomputed_tokens) - in_use <= len(self._free)
+
     def allocate(self, sequence: Sequence, num_tokens: int) -> list[BlockCopy] | None:
         """Give `sequence` the blocks for its next `num_tokens` tokens, writable by it alone.
 
@@ -87,13 +93,7 @@ class BlockManager:
         Returns:
             The number of tokens found; also added to `sequence.num_computed_tokens`.
         """
-        if not self._caching or sequence.rates_prompt:  # what is not computed cannot be rated
-            return 0
-        num_tokens = len(sequence) - 1
-        for i in range(num_tokens // self.block_size):
-            block = self._block_of_hash.get(sequence.block_hash(i, self.block_size))
-            if block is None:
-                break
+        for block in self._cached_prefix(sequence):
             self._reference(block)
             sequence.block_table.append(block)
         num_cached = len(sequence.block_table) * self.block_size
@@ -161,6 +161,18 @@ class BlockManager:
         assert len(self._hash_of_block) == len(self._block_of_hash), "prefix cache maps disagree"
         for block, block_hash in self._hash_of_block.items():
             assert self._block_of_hash[block_hash] == block, f"block {block}: prefix cache maps disagree"
+
+    def _cached_prefix(self, sequence: Sequence) -> list[int]:
+        """The blocks of the longest prefix that the cache has, short of the last token."""
+        blocks: list[int] = []
+        if not self._caching or sequence.rates_prompt:  # what is not computed cannot be rated
+            return blocks
+        for i in range((len(sequence) - 1) // self.block_size):
+            block = self._block_of_hash.get(sequence.block_hash(i, self.block_size))
+            if block is None:
+                break
+            blocks.append(block)
+        return blocks
 
     def _must_copy(self, sequence: Sequence) -> bool:
         """Whether the next token goes into a block that others reference too."""

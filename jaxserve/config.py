@@ -16,6 +16,7 @@ LoadFormat = Literal["auto", "safetensors", "gguf", "dummy"]
 LogprobsMode = Literal["raw", "processed"]
 GuidedBackend = Literal["auto", "llguidance", "outlines", "lm-format-enforcer"]
 AttentionBackend = Literal["auto", "pallas_tpu", "pallas_triton", "blocked", "reference"]
+SchedulingPolicy = Literal["fcfs", "priority"]
 ToolCallParserName = Literal["hermes", "llama3_json", "pythonic"]
 
 
@@ -43,6 +44,7 @@ class EngineConfig:
         kv_cache_memory_bytes: size of the KV pool, on each device; overrides memory_utilization.
         enable_prefix_caching: reuse the KV blocks of equal prompt prefixes.
         enable_chunked_prefill: compute a long prompt in several steps.
+        scheduling_policy: fcfs serves requests as they come; with priority, those of a lower `priority` come first.
         async_scheduling: give the device its next step before the host knows what the last one sampled.
         seed: seeds requests that bring no seed.
         max_logprobs: the most top logprobs a request may ask for.
@@ -69,6 +71,7 @@ class EngineConfig:
     kv_cache_memory_bytes: int | None = None
     enable_prefix_caching: bool = True
     enable_chunked_prefill: bool = True
+    scheduling_policy: SchedulingPolicy = "fcfs"
     async_scheduling: bool | None = None
     seed: int = 0
     max_logprobs: int = 20
@@ -87,6 +90,7 @@ class EngineConfig:
         _choice("--kv-cache-dtype", self.kv_cache_dtype, get_args(KVCacheDtype))
         _choice("--load-format", self.load_format, get_args(LoadFormat))
         _choice("--attention-backend", self.attention_backend, get_args(AttentionBackend))
+        _choice("--scheduling-policy", self.scheduling_policy, get_args(SchedulingPolicy))
         _choice("--logprobs-mode", self.logprobs_mode, get_args(LogprobsMode))
         for flag, value in (
             ("--max-model-len", self.max_model_len),
@@ -130,6 +134,7 @@ class SchedulerConfig:
         max_num_batched_tokens: token budget of one step.
         block_size: tokens of one KV block.
         num_blocks: KV blocks in the pool; block 0 is the null block that padding writes to, never handed out.
+        scheduling_policy: whether requests may have priorities.
         async_scheduling: decide a step before the results of the one before it are there.
     """
 
@@ -140,6 +145,7 @@ class SchedulerConfig:
     num_blocks: int
     enable_prefix_caching: bool = True
     enable_chunked_prefill: bool = True
+    scheduling_policy: SchedulingPolicy = "fcfs"
     async_scheduling: bool = True
 
     def __post_init__(self) -> None:

@@ -71,7 +71,7 @@ class Engine:
         self._requests: dict[str, list[Sequence]] = {}
         self._under_way: deque[StepUnderWay] = deque()
         self._beams = Beams(self.scheduler)
-        self._order = itertools.count()
+        self._arrivals = itertools.count()
         self._seeds = random.Random(seed)
         self._last_step_s = 0.0
         self._last_num_tokens = 0
@@ -110,9 +110,10 @@ class Engine:
             vocab_size=runner.model_config.vocab_size,
             max_logprobs=runner.config.max_logprobs,
             has_tokenizer=self.tokenizer is not None,
+            scheduling_policy=self.limits.scheduling_policy,
         )
         seed = self._seeds.randint(0, INT64_MAX) if request.params.seed is None else request.params.seed
-        params, order = request.params, next(self._order)
+        params, order = request.params, (request.priority, next(self._arrivals))
         sequences = [
             Sequence(
                 request.request_id,

@@ -92,6 +92,7 @@ class LLM:
         prompts: Prompt | Sequence[Prompt],
         params: SamplingParams | Sequence[SamplingParams] | None = None,
         constraint: Any = None,
+        priority: int | Sequence[int] = 0,
     ) -> list[RequestOutput]:
         """Generate for all prompts, batched as the engine sees fit; results in the order of the prompts.
 
@@ -101,6 +102,7 @@ class LLM:
             constraint: what every text must be: a term of `outlines.types`, a type that Outlines takes (a pydantic
                 model, an Enum, `Literal[…]` …) or a `Constraint`. A list has one for each prompt, None for those that
                 are free.
+            priority: for all prompts, or one each; the lower, the sooner. Needs `scheduling_policy="priority"`.
 
         Raises:
             RequestError: a prompt or parameter is refused; nothing has been generated then.
@@ -110,14 +112,17 @@ class LLM:
         each = [params or SamplingParams()] * len(batch) if not isinstance(params, Sequence) else list(params)
         if len(each) != len(batch):
             raise ValueError(f"{len(batch)} prompts, but {len(each)} sampling parameters")
+        priorities = [priority] * len(batch) if isinstance(priority, int) else list(priority)
+        if len(priorities) != len(batch):
+            raise ValueError(f"{len(batch)} prompts, but {len(priorities)} priorities")
         constraints = self._compiled(constraint, len(batch))
         running: dict[str, _Running] = {}
         for prompt, one in zip(batch, each, strict=True):
             request_id = f"llm-{next(self._request_ids)}"
             running[request_id] = _Running(self, request_id, prompt, one)
         requests = [
-            r.request(self.eos_token_ids, compiled)
-            for r, compiled in zip(running.values(), constraints, strict=True)
+            r.request(self.eos_token_ids, compiled, urgency)
+            for r, compiled, urgency in zip(running.values(), constraints, priorities, strict=True)
         ]
         for request in requests:
             self._check_length(request)
@@ -217,13 +222,16 @@ class _Running:
             ]
         )
 
-    def request(self, eos_token_ids: tuple[int, ...], constraint: CompiledConstraint | None) -> AddRequest:
+    def request(
+        self, eos_token_ids: tuple[int, ...], constraint: CompiledConstraint | None, priority: int
+    ) -> AddRequest:
         return AddRequest(
             request_id=self._request_id,
             prompt_token_ids=self.result.prompt_token_ids,
             params=self._params,
             eos_token_ids=eos_token_ids,
             constraint=constraint,
+            priority=priority,
         )
 
     def end(self) -> RequestOutput:

@@ -22,7 +22,8 @@ FinishReason = Literal["stop", "length", "abort", "error"]
 
 
 class AddRequest(msgspec.Struct, frozen=True, kw_only=True, tag="add"):
-    """One prompt, `params.num_sequences` sequences. `request_id` is unique among live requests."""
+    """One prompt, `params.num_sequences` sequences. `request_id` is unique among live requests; of two priorities the
+    lower one is the more urgent."""
 
     request_id: str
     prompt_token_ids: list[int]
@@ -30,6 +31,7 @@ class AddRequest(msgspec.Struct, frozen=True, kw_only=True, tag="add"):
     eos_token_ids: tuple[int, ...] = ()
     cache_salt: str | None = None
     constraint: CompiledConstraint | None = None
+    priority: int = 0
 
 
 class AbortRequest(msgspec.Struct, frozen=True, kw_only=True, tag="abort"):

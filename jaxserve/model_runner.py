@@ -358,6 +358,7 @@ class ModelRunner:
             num_blocks=num_blocks,
             enable_prefix_caching=self.config.enable_prefix_caching,
             enable_chunked_prefill=self.config.enable_chunked_prefill,
+            scheduling_policy=self.config.scheduling_policy,
             async_scheduling=self._async_scheduling,
         )
 

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+from jaxserve.config import SchedulingPolicy
 from jaxserve.errors import RequestError
 from jaxserve.messages import AddRequest
 from jaxserve.slot_tables import MAX_EOS_TOKEN_IDS
 
 
 def check_request(
-    request: AddRequest, *, max_model_len: int, vocab_size: int, max_logprobs: int, has_tokenizer: bool
+    request: AddRequest,
+    *,
+    max_model_len: int,
+    vocab_size: int,
+    max_logprobs: int,
+    has_tokenizer: bool,
+    scheduling_policy: SchedulingPolicy = "fcfs",
 ) -> None:
     """Whether this engine can serve the request.
 
@@ -35,5 +42,7 @@ def check_request(
         raise RequestError(f"Token ids must be in [0, {vocab_size}).", param="logit_bias")
     if params.use_beam_search and params.stop and not has_tokenizer:
         raise RequestError("Stop strings of beam search need a tokenizer in the engine.", param="stop")
+    if request.priority != 0 and scheduling_policy != "priority":
+        raise RequestError("A priority other than 0 needs --scheduling-policy priority.", param="priority")
     if len(request.eos_token_ids) > MAX_EOS_TOKEN_IDS:
         raise RequestError(f"At most {MAX_EOS_TOKEN_IDS} end-of-sequence ids are possible.")

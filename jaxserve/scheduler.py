@@ -1,19 +1,20 @@
 """Which sequences run how many tokens in the next step; preemption when blocks run out.
 
 Continuous batching (Orca, OSDI '22) over a paged KV cache (PagedAttention, SOSP '23) with chunked prefill
-(Sarathi-Serve, OSDI '24). First come, first served: the oldest sequence always makes progress, and the
-youngest is the one that is preempted, so nobody starves.
+(Sarathi-Serve, OSDI '24). By priority, then first come, first served: the most urgent sequence always makes progress,
+and the least urgent is the one that is preempted, so nobody starves but by requests of higher priority.
 """
 
 from __future__ import annotations
 
 import time
-from collections import deque
+from bisect import insort
 from dataclasses import dataclass, field
 
 from jaxserve.block_manager import BlockCopy, BlockManager
 from jaxserve.config import SchedulerConfig
 from jaxserve.sequence import Sequence, SequenceStatus
+from jaxserve.waiting_queue import WaitingQueue, urgency
 
 
 class ScheduledRow:
@@ -82,12 +83,12 @@ class StepPlan:
 
 
 class Scheduler:
-    """Owns the waiting queue and the running list, both ordered oldest first, and the parked beams."""
+    """Owns the waiting queue and the running list, both with the most urgent first, and the parked beams."""
 
     def __init__(self, config: SchedulerConfig, block_manager: BlockManager) -> None:
         self.config = config
         self.block_manager = block_manager
-        self.waiting: deque[Sequence] = deque()
+        self.waiting = WaitingQueue()
         self.running: list[Sequence] = []
         self.parked: list[Sequence] = []
         self.num_preemptions = 0
@@ -97,17 +98,18 @@ class Scheduler:
         return bool(self.running or self.waiting)
 
     def add(self, sequence: Sequence) -> None:
-        """Append a sequence (with its siblings attached) to the waiting queue."""
-        self.waiting.append(sequence)
+        """Put a sequence (with its siblings attached) in the waiting queue."""
+        self.waiting.add(sequence)
 
     def schedule(self) -> StepPlan:
         """Decide the next step; takes blocks, and preempts where they run out. The plan counts as computed at once, so
         that the step after it can be decided before the device is done; it is empty if all wait for results."""
         rows: dict[Sequence, ScheduledRow] = {}
+        self._make_way()
         num_preemptions = self.num_preemptions
         budget = self._schedule_running(rows, self.config.max_num_batched_tokens)
         plan = StepPlan()
-        if self.num_preemptions == num_preemptions:  # else blocks are short: no newcomers
+        if self.num_preemptions == num_preemptions or not rows:  # else blocks are short: no newcomers
             self._schedule_waiting(rows, budget, plan)
         plan.rows = sorted(rows.values(), key=lambda row: row.num_tokens > 1)
         for index, row in enumerate(plan.rows):
@@ -134,23 +136,22 @@ class Scheduler:
         return child
 
     def resume(self, sequences: list[Sequence]) -> None:
-        """Let parked beams go on: at their age's place among the running, or in front of the queue if there is no
-        room or if they have lost their blocks."""
-        for sequence in reversed(sequences):
+        """Let parked beams go on: among the running, or in the queue if there is no room or if they have lost their
+        blocks."""
+        for sequence in sequences:
             self.parked.remove(sequence)
             if sequence.block_table and len(self.running) < self.config.max_num_seqs:
-                sequence.status = SequenceStatus.RUNNING
-                self.running.insert(sum(s.order < sequence.order for s in self.running), sequence)
+                self._start(sequence)
             else:
                 sequence.status = SequenceStatus.WAITING
-                self.waiting.appendleft(sequence)
+                self.waiting.add(sequence)
 
     def abort(self, sequence: Sequence) -> None:
         """Take a sequence out wherever it is. If others still hang on it, the first of them takes its place."""
         if sequence.siblings:
             heir, *rest = sequence.siblings
             heir.siblings, sequence.siblings = rest, []
-            self.waiting.appendleft(heir)
+            self.waiting.add(heir)
         sequence.finish("abort")
         self.finish(sequence)
 
@@ -164,6 +165,8 @@ class Scheduler:
         assert all(s.status is SequenceStatus.WAITING for s in self.waiting)
         assert all(s.status is SequenceStatus.PARKED for s in self.parked)
         assert len(self.running) <= self.config.max_num_seqs
+        assert sorted(self.running, key=urgency) == self.running
+        assert sorted(self.waiting, key=urgency) == list(self.waiting)
         self.block_manager.check_integrity([*self.running, *self.waiting, *self.parked])
 
     # --- the two passes -------------------------------------------------------------------------------------
@@ -181,7 +184,7 @@ class Scheduler:
                     rows[sequence] = ScheduledRow(sequence, num_tokens, copies)
                     budget -= num_tokens
                     break
-                victim = self._youngest_with_blocks()
+                victim = self._least_urgent_with_blocks()
                 taken_back = rows.pop(victim, None)
                 budget += taken_back.num_tokens if taken_back else 0
                 self._preempt(victim)
@@ -189,13 +192,12 @@ class Scheduler:
 
     def _schedule_waiting(self, rows: dict[Sequence, ScheduledRow], budget: int, plan: StepPlan) -> None:
         while self.waiting and budget > 0 and len(self.running) < self.config.max_num_seqs:
-            sequence = self.waiting[0]
-            row = self._admit(sequence, budget)
+            sequence = self.waiting.first
+            row = None if sequence.num_pending_tokens else self._admit(sequence, budget)
             if row is None:
                 break
-            self.waiting.popleft()
-            self.running.append(sequence)
-            sequence.status = SequenceStatus.RUNNING
+            self.waiting.remove(sequence)
+            self._start(sequence)
             if sequence.scheduled_at is None:
                 sequence.scheduled_at = time.monotonic()
                 plan.first_scheduled.append(sequence)
@@ -208,7 +210,7 @@ class Scheduler:
         looked_up = not sequence.block_table
         num_cached = self.block_manager.take_cached_prefix(sequence) if looked_up else 0
         if sequence.siblings and sequence.num_tokens_to_schedule == 0:  # nothing left to compute together
-            self._fork_siblings(sequence, behind_front=True)
+            self._fork_siblings(sequence)
         wanted = sequence.num_tokens_to_schedule
         enough = self._make_room(sequence)
         if enough and (wanted <= budget or self.config.enable_chunked_prefill):
@@ -245,48 +247,63 @@ class Scheduler:
         sequence.sampled_row = index
         return False
 
+    def _start(self, sequence: Sequence) -> None:
+        sequence.status = SequenceStatus.RUNNING
+        insort(self.running, sequence, key=urgency)
+
     def _take_out(self, sequence: Sequence) -> None:
-        for queue in (self.running, self.waiting, self.parked):
-            if sequence in queue:
-                queue.remove(sequence)
-                return
+        if sequence in self.running:
+            self.running.remove(sequence)
+        elif not self.waiting.remove(sequence) and sequence in self.parked:
+            self.parked.remove(sequence)
 
     # --- blocks ---------------------------------------------------------------------------------------------
 
     def _make_room(self, sequence: Sequence) -> bool:
         """Whether all known tokens of `sequence` fit. With nothing running they must: then forked sequences
         that only wait and parked beams give their blocks back."""
-        while self.block_manager.blocks_needed(sequence, sequence.num_uncomputed_tokens) > (
-            self.block_manager.num_free_blocks
-        ):
-            idle = (*reversed(self.waiting), *reversed(self.parked))
-            holder = next((s for s in idle if s.block_table and s is not sequence), None)
-            if self.running or holder is None:
+        while not self.block_manager.has_room_for(sequence):
+            if self.running:
                 return False
-            self.block_manager.free(holder)
-            self.num_preemptions += holder.status is SequenceStatus.PARKED
+            parked = next((s for s in reversed(self.parked) if s.block_table), None)
+            holder = self.waiting.last_holder(but=sequence) or parked
+            if holder is None:
+                return False
+            self._preempt(holder)
         return True
 
-    def _youngest_with_blocks(self) -> Sequence:
-        """The sequence to preempt: one that waits with shared blocks, else the youngest that runs."""
-        waiting = next((s for s in reversed(self.waiting) if s.block_table), None)
-        return waiting or self.running[-1]
+    def _make_way(self) -> None:
+        """Where seats or blocks are short, sequences of lower priority give theirs to the most urgent that waits.
+        What they lose is computed again, mostly from the prefix cache."""
+        while self.running and self.waiting:
+            first = self.waiting.first
+            is_full = len(self.running) >= self.config.max_num_seqs
+            victim = self.running[-1] if is_full else self._least_urgent_with_blocks()
+            if victim.order[0] <= first.order[0] or first.num_pending_tokens:
+                return
+            if not is_full and self.block_manager.has_room_for(first):
+                return
+            self._preempt(victim)
+
+    def _least_urgent_with_blocks(self) -> Sequence:
+        """Whom to preempt: of the lowest priority, one that waits with shared blocks, else the youngest that runs or is
+        parked."""
+        last = max((self.running[-1], *(s for s in self.parked if s.block_table)), key=lambda s: s.order)
+        waiting = self.waiting.last_holder()
+        return waiting if waiting is not None and waiting.order[0] >= last.order[0] else last
 
     def _preempt(self, sequence: Sequence) -> None:
-        """Free the blocks; a running sequence goes back to the front of the queue and is computed again."""
+        """Free the blocks; a running sequence goes back to its place in the queue. It is computed again."""
         self.block_manager.free(sequence)
+        self.num_preemptions += sequence.status is not SequenceStatus.WAITING
         if sequence.status is SequenceStatus.RUNNING:
             self.running.remove(sequence)
             sequence.status = SequenceStatus.WAITING
-            self.waiting.appendleft(sequence)
-            self.num_preemptions += 1
+            self.waiting.add(sequence)
 
-    def _fork_siblings(self, sequence: Sequence, *, behind_front: bool = False) -> None:
-        """Let the siblings share what is computed and queue them before all younger requests."""
+    def _fork_siblings(self, sequence: Sequence) -> None:
+        """Let the siblings share what is computed, and queue them."""
         siblings, sequence.siblings = sequence.siblings, []
-        front = self.waiting.popleft() if behind_front else None
-        for sibling in reversed(siblings):
+        for sibling in siblings:
             self.block_manager.fork(sequence, sibling)
-            self.waiting.appendleft(sibling)
-        if front is not None:
-            self.waiting.appendleft(front)
+            self.waiting.add(sibling)

@@ -38,7 +38,7 @@ class Sequence:
             but the last prompt token is computed, sharing this sequence's blocks.
         constraint: where the text is in what it must be; None if it is free.
         num_rated_tokens: prompt tokens whose prompt logprobs have been asked of a step; the first one has none.
-        order: requests in order of arrival.
+        order: (priority, arrival) of its request: the smaller, the more urgent.
         scheduled_at: `time.monotonic()` of its first step, None before.
     """
 
@@ -61,7 +61,7 @@ class Sequence:
         max_model_len: int,
         eos_token_ids: tuple[int, ...] = (),
         cache_salt: str | None = None,
-        order: int = 0,
+        order: tuple[int, int] = (0, 0),
     ) -> None:
         self.request_id = request_id
         self.index = index

@@ -29,7 +29,7 @@ PAGE = ROOT / "docs" / "api.md"
 # numbers that stand for what depends on the model; no range has them of itself
 V, L = 1_000_003, 700_001
 SYMBOLS = {V: "V", V - 1: "V − 1", L: "L"}
-CONFIG = ProtocolConfig(model_names=("model",), vocab_size=V, max_model_len=L)
+CONFIG = ProtocolConfig(model_names=("model",), vocab_size=V, max_model_len=L, scheduling_policy="priority")
 OF_ANOTHER_MODEL = replace(CONFIG, temperature=0.3, top_p=0.3, top_k=3, min_p=0.3, repetition_penalty=1.3)
 WITH_FLAGS = replace(CONFIG, return_tokens_as_token_ids=True, guided_decoding_backend="outlines")
 HUGE = 2**53  # bounds from here on are those of a type
@@ -66,6 +66,7 @@ TESTS: Mapping[str, str] = {
     "truncate_prompt_tokens": TRUNCATION,
     "truncation_side": TRUNCATION,
     "cache_salt": GENERATION + "test_the_engine_is_asked_for_exactly_what_the_request_asks_for",
+    "priority": GENERATION + "test_priorities_reach_the_engine_where_the_server_has_them",
     "request_id": GENERATION + "test_the_id_is_the_request_id_header_when_the_body_has_none",
     "temperature": SEMANTICS + "test_a_tiny_temperature_is_greedy_and_its_filters_are_idle",
     "top_p": FILTERS,
@@ -136,7 +137,6 @@ TESTS: Mapping[str, str] = {
             "prompt_cache_retention",
             "prompt_cache_options",
             "function_call",
-            "priority",
             "include_reasoning",
         ),
         NEUTRAL,

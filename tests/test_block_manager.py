@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import deque
+from collections.abc import Iterable
 from typing import NamedTuple
 
 from hypothesis import HealthCheck, settings
@@ -14,9 +16,11 @@ from jaxserve.config import SchedulerConfig
 from jaxserve.sampling_params import SamplingParams
 from jaxserve.scheduler import Scheduler, StepPlan
 from jaxserve.sequence import Sequence, SequenceStatus
+from jaxserve.waiting_queue import urgency
 
 BLOCK_SIZE = 4
 MAX_MODEL_LEN = 24
+arrivals = itertools.count()
 
 
 def make_sequence(
@@ -27,8 +31,10 @@ def make_sequence(
     max_tokens: int = 8,
     salt: str | None = None,
     params: SamplingParams | None = None,
+    priority: int = 0,
 ) -> Sequence:
-    """The first sequence of a request with its siblings attached."""
+    """The first sequence of a request with its siblings attached; requests arrive in the order of these calls."""
+    order = priority, next(arrivals)
     params = params or SamplingParams(max_tokens=max_tokens, n=n)
     sequences = [
         Sequence(
@@ -40,6 +46,7 @@ def make_sequence(
             max_model_len=MAX_MODEL_LEN,
             eos_token_ids=(0,),
             cache_salt=salt,
+            order=order,
         )
         for i in range(params.n)
     ]
@@ -105,6 +112,7 @@ class EngineStates(RuleBasedStateMachine):
         max_tokens=st.integers(1, 10),
         salt=st.sampled_from([None, "a"]),
         bad_words=st.sampled_from([(), ((3, 4),)]),
+        priority=st.integers(0, 2),
     )
     def add(
         self,
@@ -113,10 +121,11 @@ class EngineStates(RuleBasedStateMachine):
         max_tokens: int,
         salt: str | None,
         bad_words: tuple[tuple[int, ...], ...],
+        priority: int,
     ) -> Sequence:
         self.count += 1
         params = SamplingParams(max_tokens=max_tokens, n=n, bad_words_token_ids=bad_words)
-        sequence = make_sequence(str(self.count), tokens, params=params, salt=salt)
+        sequence = make_sequence(str(self.count), tokens, params=params, salt=salt, priority=priority)
         self.scheduler.add(sequence)
         return sequence
 
@@ -141,7 +150,9 @@ class EngineStates(RuleBasedStateMachine):
 
     def begin(self, token: int) -> None:
         """Also plays the device: follows every write and copy, and checks that each row reads its own tokens."""
+        ran, waited = list(self.scheduler.running), list(self.scheduler.waiting)
         plan = self.scheduler.schedule()
+        self.check_priorities(ran, waited)
         before = self.under_way[-1].tokens if self.under_way else []
         assert plan.num_tokens <= self.scheduler.config.max_num_batched_tokens
         assert len({row.sequence for row in plan.rows}) == len(plan.rows)
@@ -173,6 +184,17 @@ class EngineStates(RuleBasedStateMachine):
                 assert found == s.token_ids[position], f"{s} reads somebody else's KV at {position}"
         # each row samples something of its own, most of them no end of sequence
         self.under_way.append(UnderWay(plan, [(token + index) % 3 for index in range(len(plan.rows))]))
+
+    def check_priorities(self, ran: list[Sequence], waited: list[Sequence]) -> None:
+        """Nobody lost its place to a request that is less urgent, nor was admitted before a more urgent one."""
+        running = self.scheduler.running
+        preempted = [s for s in ran if s.status is SequenceStatus.WAITING]
+        left_waiting = [s for s in waited if s.status is SequenceStatus.WAITING]
+        for sequence in preempted:
+            assert all(urgency(other) < urgency(sequence) for other in running)
+        for sequence in waited:
+            if sequence.status is SequenceStatus.RUNNING:
+                assert all(urgency(sequence) < urgency(other) for other in left_waiting)
 
     @rule(sequence=consumes(requests))
     def abort(self, sequence: Sequence) -> None:
@@ -300,7 +322,7 @@ def test_the_youngest_is_preempted_and_computed_again_first() -> None:
         scheduler.add(sequence)
     while scheduler.num_preemptions == 0:
         run_step(scheduler)
-    assert scheduler.waiting[0] is young
+    assert scheduler.waiting.first is young
     assert young.num_computed_tokens == 0
     assert not young.block_table
     scheduler.add(make_sequence("newcomer", [1], max_tokens=1))
@@ -308,6 +330,70 @@ def test_the_youngest_is_preempted_and_computed_again_first() -> None:
         assert [s.request_id for s in scheduler.running] in (["old"], [])
         run_step(scheduler)
     assert old.status is SequenceStatus.FINISHED
+
+
+def names(sequences: Iterable[Sequence]) -> list[str]:
+    return [sequence.request_id for sequence in sequences]
+
+
+def test_the_lowest_priority_comes_first_and_equal_ones_as_they_arrived() -> None:
+    scheduler = make_scheduler(max_num_seqs=2, budget=4)
+    for name, priority in (("b", 1), ("d", 2), ("a", -5), ("c", 1)):
+        scheduler.add(make_sequence(name, [1, 1], priority=priority, max_tokens=1))
+    run_step(scheduler)
+    assert names(scheduler.waiting) == ["c", "d"]
+
+
+def test_where_seats_run_out_the_urgent_takes_that_of_the_least_urgent_and_in_the_same_step() -> None:
+    scheduler = make_scheduler(max_num_seqs=2)
+    for name, priority in (("low", 5), ("lower, older", 7), ("lower", 7), ("equal", 1)):
+        scheduler.add(make_sequence(name, [1, 2], priority=priority))
+    run_step(scheduler)
+    assert names(scheduler.running) == ["equal", "low"]
+    scheduler.add(make_sequence("urgent", [2, 2], priority=1))
+    run_step(scheduler)
+    assert names(scheduler.running) == ["equal", "urgent"]
+    assert names(scheduler.waiting) == ["low", "lower, older", "lower"]
+    scheduler.add(make_sequence("as urgent", [2, 2], priority=1))
+    run_step(scheduler)
+    assert scheduler.num_preemptions == 1
+    assert names(scheduler.waiting) == ["as urgent", "low", "lower, older", "lower"]
+
+
+def test_where_blocks_run_out_the_urgent_takes_no_more_than_it_needs() -> None:
+    scheduler = make_scheduler(num_blocks=7, budget=24, caching=False)
+    for name, priority in (("a", 0), ("b", 1), ("c", 2)):
+        scheduler.add(make_sequence(name, [1] * 6, priority=priority, max_tokens=3))  # two blocks each
+    run_step(scheduler)
+    scheduler.add(make_sequence("urgent", [2] * 7, priority=-1))
+    run_step(scheduler)
+    assert names(scheduler.running) == ["urgent", "a", "b"]
+    assert names(scheduler.waiting) == ["c"]
+
+
+def test_the_urgent_preempts_nobody_for_blocks_that_it_finds_in_the_cache() -> None:
+    scheduler = make_scheduler(num_blocks=7, budget=24)
+    low = make_sequence("low", [1, 2] * 8, priority=9)  # four blocks, and two are free
+    scheduler.add(low)
+    run_step(scheduler)
+    scheduler.add(make_sequence("urgent", [1, 2] * 8 + [3], max_tokens=2))
+    run_step(scheduler)
+    assert names(scheduler.running) == ["urgent", "low"]
+
+
+def test_what_is_preempted_for_the_urgent_generates_all_the_same() -> None:
+    scheduler = make_scheduler(max_num_seqs=1)
+    low = make_sequence("low", [1, 2], priority=9, max_tokens=6)
+    scheduler.add(low)
+    for _ in range(3):
+        run_step(scheduler)
+    scheduler.add(make_sequence("urgent", [2, 2], max_tokens=3))
+    for _ in range(3):
+        run_step(scheduler)
+        assert low.num_output_tokens == 3
+    while scheduler.has_work:
+        run_step(scheduler)
+    assert low.num_output_tokens == 6
 
 
 def test_without_chunked_prefill_a_prompt_runs_whole_or_waits() -> None:

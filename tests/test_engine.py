@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import random
+import statistics
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from jaxserve.config import EngineConfig
@@ -135,18 +138,31 @@ def test_every_chunk_size_gives_the_same_tokens(runner: ModelRunner, alone: Toke
     assert run_all(make_engine(runner, max_num_batched_tokens=budget), requests) == expected
 
 
-def test_requests_that_arrive_in_between_change_nothing(runner: ModelRunner, alone: Tokens) -> None:
-    engine = make_engine(runner)
+@pytest.mark.parametrize(
+    "limits",
+    [
+        {},
+        {"scheduling_policy": "priority", "max_num_seqs": 3},
+        {"scheduling_policy": "priority", "num_blocks": 18, "max_num_batched_tokens": 9},
+    ],
+    ids=str,
+)
+def test_requests_that_arrive_in_between_change_nothing(
+    runner: ModelRunner, alone: Tokens, limits: dict[str, Any]
+) -> None:
+    engine = make_engine(runner, **limits)
     rng = random.Random(1)
     waiting = mixed_requests(200)[::-1]
     tokens: Tokens = {}
     while waiting or engine.has_work:
         for _ in range(min(rng.randrange(3), len(waiting))):
-            engine.add_request(waiting.pop())
+            priority = rng.randrange(-2, 3) if "scheduling_policy" in limits else 0
+            engine.add_request(msgspec.structs.replace(waiting.pop(), priority=priority))
         if engine.has_work:
             for output in engine.step().outputs:
                 tokens.setdefault((output.request_id, output.index), []).extend(output.token_ids)
     assert tokens == alone
+    assert ("scheduling_policy" in limits) == (engine.scheduler.num_preemptions > 0)
 
 
 def test_a_choice_is_the_same_whatever_n_is(runner: ModelRunner) -> None:
@@ -219,6 +235,34 @@ def test_aborting_one_choice_leaves_the_others(runner: ModelRunner) -> None:
         assert engine.block_manager.usage == 0.0
 
 
+@pytest.mark.timing
+def test_ten_thousand_waiting_requests_cost_a_step_nothing_and_leave_at_once(runner: ModelRunner) -> None:
+    def median_step_s(num_waiting: int) -> tuple[float, Engine]:
+        engine = make_engine(runner, max_num_seqs=2, scheduling_policy="priority")
+        params = SamplingParams(max_tokens=100, temperature=0.0, ignore_eos=True)
+        for i in range(2 + num_waiting):
+            name, priority = str(i), (i * 7919) % 5 if i >= 2 else 0
+            engine.add_request(
+                AddRequest(request_id=name, prompt_token_ids=[1, 2], params=params, priority=priority)
+            )
+        times = []
+        for _ in range(40):
+            started = time.perf_counter()
+            engine.step()
+            times.append(time.perf_counter() - started)
+        assert engine.stats().num_waiting == num_waiting
+        return statistics.median(times), engine
+
+    alone = min(median_step_s(0)[0] for _ in range(2))
+    (one, engine), (other, _) = median_step_s(10_000), median_step_s(10_000)
+    assert min(one, other) < 1.5 * alone + 0.0002
+    started = time.perf_counter()
+    for i in range(2, 10_002):
+        engine.abort_request(AbortRequest(request_id=str(i)))
+    assert time.perf_counter() - started < 0.5
+    assert engine.stats().num_waiting == 0
+
+
 def test_a_first_output_says_when_a_sequence_was_scheduled_and_what_was_cached(runner: ModelRunner) -> None:
     engine = make_engine(runner)
     prompt = list(range(20))
@@ -264,6 +308,7 @@ def test_logprobs_come_with_every_token_of_rows_that_asked(runner: ModelRunner) 
         ({"prompt_token_ids": [1] * 128}, "prompt"),
         ({"request_id": "taken"}, "request_id"),
         ({"params": SamplingParams(logprobs=21)}, "logprobs"),
+        ({"priority": 1}, "priority"),
     ],
     ids=str,
 )

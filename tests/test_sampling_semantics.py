@@ -20,6 +20,7 @@ from scipy.stats import chisquare
 
 from jaxserve.config import EngineConfig
 from jaxserve.engine import Engine
+from jaxserve.errors import RequestError
 from jaxserve.llm import LLM
 from jaxserve.messages import AddRequest, FinishReason, TopLogprobs
 from jaxserve.model_runner import ModelRunner
@@ -67,6 +68,18 @@ def llm(loaded: LLM) -> LLM:
     """With an engine of its own: engines of one model runner overwrite what the other has cached."""
     loaded._engine = Engine(loaded.engine.model_runner, tokenizer=loaded.tokenizer)
     return loaded
+
+
+def test_prompts_have_priorities_where_the_engine_has_them(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(RequestError, match="needs --scheduling-policy priority"):
+        llm.generate([[5], [6]], priority=[0, 1])
+    with pytest.raises(ValueError, match="2 prompts, but 1 priorities"):
+        llm.generate([[5], [6]], priority=[0])
+    asked: list[int] = []
+    monkeypatch.setattr(llm.engine, "add_request", lambda request: asked.append(request.priority))
+    llm.generate([[5], [6]], priority=[3, -1])
+    llm.generate([[5], [6]], priority=2)
+    assert asked == [3, -1, 2, 2]
 
 
 @pytest.fixture(scope="module")

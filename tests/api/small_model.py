@@ -98,7 +98,9 @@ class CompilerHere(ConstraintWorker):
 def make_context(tokenizer: Tokenizer, engine: FakeEngineClient, **config: Any) -> ServerContext:
     """A server that is ready; `config` are fields of ServerConfig."""
     config.setdefault("served_model_names", (MODEL, "alias"))
-    server_config = ServerConfig(engine=EngineConfig(model="/models/small"), **config)
+    policy = config.pop("scheduling_policy", "fcfs")
+    engine_config = EngineConfig(model="/models/small", scheduling_policy=policy)
+    server_config = ServerConfig(engine=engine_config, **config)
     context = ServerContext(
         config=server_config,
         engine=engine,

@@ -91,6 +91,7 @@ SETTINGS: list[tuple[list[str], str, Any]] = [
     (["--enable-prefix-caching"], "enable_prefix_caching", True),
     (["--no-enable-chunked-prefill"], "enable_chunked_prefill", False),
     (["--enable-chunked-prefill"], "enable_chunked_prefill", True),
+    (["--scheduling-policy", "priority"], "scheduling_policy", "priority"),
     (["--async-scheduling"], "async_scheduling", True),
     (["--no-async-scheduling"], "async_scheduling", False),
 ]
@@ -189,6 +190,7 @@ def test_the_variable_is_gone_afterwards_so_that_no_child_process_has_it(
         (["--port", "-1"], "--port must be between 0 and 65535"),
         (["--dtype", "int3"], "--dtype must be one of auto, bfloat16, float16, float32"),
         (["--load-format", "pt"], "--load-format must be one of auto, safetensors, gguf, dummy"),
+        (["--scheduling-policy", "sjf"], "--scheduling-policy must be one of fcfs, priority"),
         (["--logprobs-mode", "some"], "--logprobs-mode must be one of raw, processed"),
         (["--log-level", "loud"], "--log-level must be one of"),
         (["--unknown-fields", "maybe"], "--unknown-fields must be one of reject, ignore"),

@@ -234,6 +234,16 @@ async def test_the_engine_is_asked_for_exactly_what_the_request_asks_for(server:
     assert (request.eos_token_ids, request.cache_salt) == ((END,), "s")
 
 
+async def test_priorities_reach_the_engine_where_the_server_has_them(server: MakeServer) -> None:
+    served = server("x", config={"scheduling_policy": "priority"})
+    for path in (COMPLETIONS, CHAT):
+        await served.ok(path, {"priority": -3})
+    assert [request.priority for request in served.engine.submitted] == [-3, -3]
+    status, answer = await server("x").post(COMPLETIONS, {"priority": -3})
+    assert (status, answer["error"]["param"]) == (400, "priority")
+    assert "--scheduling-policy priority" in answer["error"]["message"]
+
+
 async def test_text_of_special_tokens_is_shown_on_request(server: MakeServer) -> None:
     served = server([HELLO, USER, WORLD])
     assert (await served.ok(COMPLETIONS, {}))["choices"][0]["text"] == "hello world"

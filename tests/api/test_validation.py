@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -290,7 +291,7 @@ BOTH: list[Row] = [
     # vLLM's fields that are not served
     ({"prompt_embeds": "x"}, UNSUPPORTED, "prompt_embeds", "not supported"),
     ({"logprob_token_ids": [1]}, UNSUPPORTED, "logprob_token_ids", "not supported"),
-    ({"priority": 1}, UNSUPPORTED, "priority", "must be 0"),
+    ({"priority": 1}, UNSUPPORTED, "priority", "other values need --scheduling-policy priority"),
     ({"priority": "0"}, TYPE, "priority", "must be an integer"),
     ({"kv_transfer_params": {}}, UNSUPPORTED, "kv_transfer_params", "not supported"),
     ({"ec_transfer_params": {}}, UNSUPPORTED, "ec_transfer_params", "not supported"),
@@ -484,6 +485,16 @@ def test_a_faulty_completion_request_is_refused_where_the_fault_is(row: Row) -> 
 @pytest.mark.parametrize("row", BOTH + CHAT, ids=row_id)
 def test_a_faulty_chat_request_is_refused_where_the_fault_is(row: Row) -> None:
     assert_refused(row, chat)
+
+
+def test_priorities_are_any_integers_where_the_server_has_them() -> None:
+    protocol = Protocol(replace(CONFIG, scheduling_policy="priority"))
+    for priority in (-(2**63), -1, 0, 7, 2**63 - 1):
+        assert completion({"priority": priority}, protocol).priority == priority
+        assert chat({"priority": priority}, protocol).priority == priority
+    assert chat({"priority": None}, protocol).priority == 0
+    with pytest.raises(RequestError, match="must be an integer"):
+        completion({"priority": 0.5}, protocol)
 
 
 NEUTRAL: list[dict[str, Any]] = [
