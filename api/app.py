@@ -17,7 +17,7 @@ from quart.wrappers import BaseRequestWebsocket
 from werkzeug.exceptions import HTTPException, MethodNotAllowed, RequestEntityTooLarge, RequestTimeout
 from werkzeug.routing import MapAdapter
 
-from jaxserve.api import chat, completions, docs, health, models, tokenization
+from jaxserve.api import chat, completions, docs, health, models, profiling, tokenization
 from jaxserve.api.auth import OPEN_ROUTES, Authenticator
 from jaxserve.api.context import EXTENSION, ServerContext
 from jaxserve.api.cors import add_cors_headers, is_preflight
@@ -127,8 +127,12 @@ def create_app(context: ServerContext) -> Quart:
     )
     app.url_map.strict_slashes = True
     app.extensions[EXTENSION] = context
-    for module in (chat, completions, models, tokenization, health, *([] if config.disable_docs else [docs])):
+    for module in (chat, completions, models, tokenization, health):
         app.register_blueprint(module.blueprint)
+    if not config.disable_docs:
+        app.register_blueprint(docs.blueprint)
+    if config.engine.profile_dir is not None:
+        app.register_blueprint(profiling.blueprint)
     authenticator = Authenticator(config.api_keys)
 
     def ended(exchange: _Exchange) -> None:

@@ -122,7 +122,11 @@ def make_parser() -> argparse.ArgumentParser:
     )
     engine.add_argument("--enable-prefix-caching", action=argparse.BooleanOptionalAction)
     engine.add_argument("--enable-chunked-prefill", action=argparse.BooleanOptionalAction)
+    engine.add_argument(
+        "--long-prefill-token-threshold", type=_int, help="tokens a step of long prompts while others decode"
+    )
     engine.add_argument("--scheduling-policy", help="fcfs, or priority: requests of a lower priority first")
+    engine.add_argument("--profile-dir", help="where POST /start_profile and /stop_profile leave traces")
     engine.add_argument("--async-scheduling", action=argparse.BooleanOptionalAction)
     return parser
 

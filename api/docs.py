@@ -47,6 +47,7 @@ def _document_config(context: ServerContext) -> DocumentConfig:
         protocol=request_protocol(context).config,
         root_path=config.root_path,
         needs_key=bool(config.api_keys),
+        profiles=config.engine.profile_dir is not None,
     )
 
 

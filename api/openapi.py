@@ -195,6 +195,23 @@ def _operations(model: str) -> tuple[Operation, ...]:
     )
 
 
+_PROFILING = tuple(
+    Operation(
+        path=f"/{verb}_profile",
+        method="post",
+        name=f"{verb}Profile",
+        summary=summary,
+        tag="Server",
+        response="Healthy",
+        errors=(400, 503),
+    )
+    for verb, summary in (
+        ("start", "Begin a trace of the engine process; a body is not read."),
+        ("stop", "End the trace; answered once it is on the disk. A body is not read."),
+    )
+)
+
+
 @dataclass(frozen=True, kw_only=True)
 class DocumentConfig:
     """What the document depends on.
@@ -202,11 +219,13 @@ class DocumentConfig:
     Attributes:
         root_path: path under which a proxy shows the server.
         needs_key: whether API keys are set.
+        profiles: whether the engine can be traced.
     """
 
     protocol: ProtocolConfig
     root_path: str = ""
     needs_key: bool = False
+    profiles: bool = False
 
 
 @lru_cache(maxsize=4)
@@ -221,7 +240,8 @@ def openapi_document(config: DocumentConfig) -> Json:
         "required": ["openapi", "info", "paths"],
     }
     paths: dict[str, Json] = {}
-    for operation in _operations(protocol.model_names[0]):
+    operations = _operations(protocol.model_names[0]) + (_PROFILING if config.profiles else ())
+    for operation in operations:
         paths.setdefault(operation.path, {})[operation.method] = _operation(operation, config)
     responses = {f"Error{status}": _error_response(status) for status in ERRORS}
     responses = _used("responses", responses, paths)

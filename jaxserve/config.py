@@ -44,11 +44,13 @@ class EngineConfig:
         kv_cache_memory_bytes: size of the KV pool, on each device; overrides memory_utilization.
         enable_prefix_caching: reuse the KV blocks of equal prompt prefixes.
         enable_chunked_prefill: compute a long prompt in several steps.
+        long_prefill_token_threshold: what a step computes at most of such prompts while others decode; 0: no limit.
         scheduling_policy: fcfs serves requests as they come; with priority, those of a lower `priority` come first.
         async_scheduling: give the device its next step before the host knows what the last one sampled.
         seed: seeds requests that bring no seed.
         max_logprobs: the most top logprobs a request may ask for.
         logprobs_mode: of the logits as they are, or of the distribution that was sampled from.
+        profile_dir: where traces of the engine process go; None: there are none.
         compilation_cache: keep compiled programs on disk.
         attention_backend: which implementation of attention runs (docs/kernels.md).
         tensor_parallel_size: devices that share the model.
@@ -71,11 +73,13 @@ class EngineConfig:
     kv_cache_memory_bytes: int | None = None
     enable_prefix_caching: bool = True
     enable_chunked_prefill: bool = True
+    long_prefill_token_threshold: int | None = None
     scheduling_policy: SchedulingPolicy = "fcfs"
     async_scheduling: bool | None = None
     seed: int = 0
     max_logprobs: int = 20
     logprobs_mode: LogprobsMode = "raw"
+    profile_dir: str | None = None
     compilation_cache: bool = True
     attention_backend: AttentionBackend = "auto"
     tensor_parallel_size: int = 1
@@ -107,6 +111,10 @@ class EngineConfig:
         _require(
             0.0 < utilization <= 1.0, "--gpu-memory-utilization", utilization, "greater than 0 and at most 1"
         )
+        share = self.long_prefill_token_threshold
+        _require(
+            share is None or share >= 0, "--long-prefill-token-threshold", share, "an integer of at least 0"
+        )
         _require(0 <= self.max_logprobs <= 100, "--max-logprobs", self.max_logprobs, "between 0 and 100")
         self._check_processes()
 
@@ -134,6 +142,7 @@ class SchedulerConfig:
         max_num_batched_tokens: token budget of one step.
         block_size: tokens of one KV block.
         num_blocks: KV blocks in the pool; block 0 is the null block that padding writes to, never handed out.
+        long_prefill_token_threshold: tokens a step of prompts that take several, while others decode; 0: no limit.
         scheduling_policy: whether requests may have priorities.
         async_scheduling: decide a step before the results of the one before it are there.
     """
@@ -145,6 +154,7 @@ class SchedulerConfig:
     num_blocks: int
     enable_prefix_caching: bool = True
     enable_chunked_prefill: bool = True
+    long_prefill_token_threshold: int = 0
     scheduling_policy: SchedulingPolicy = "fcfs"
     async_scheduling: bool = True
 

@@ -19,7 +19,13 @@ from typing import Any, NamedTuple, Protocol
 import msgspec
 
 from jaxserve.config import EngineConfig
-from jaxserve.errors import EngineDeadError, EngineStalledError, EngineStartingError, ModelLoadError
+from jaxserve.errors import (
+    EngineDeadError,
+    EngineStalledError,
+    EngineStartingError,
+    ModelLoadError,
+    RequestError,
+)
 from jaxserve.messages import (
     FRAME_HEADER,
     MAX_FRAME_BYTES,
@@ -29,10 +35,13 @@ from jaxserve.messages import (
     EngineInfo,
     EngineStats,
     FromEngine,
+    Profile,
+    Profiled,
     SequenceOutput,
     Shutdown,
     StartupPhase,
     StepOutputs,
+    ToEngine,
     encode_frame,
 )
 
@@ -78,6 +87,10 @@ class EngineClient(Protocol):
 
     def abort(self, request_id: str, indices: list[int] | None = None) -> None:
         """End sequences of a request (None: all); their streams end. Unknown ones have ended already."""
+        ...
+
+    async def profile(self, *, running: bool) -> None:
+        """Begin or end a trace of the engine. Raises RequestError if that is not possible now, or EngineError."""
         ...
 
 
@@ -153,6 +166,8 @@ class SocketEngineClient:
         self._ended_for: str | None = None
         self._stalled = False
         self._last_word = time.monotonic()
+        self._profiling = False
+        self._profiled: asyncio.Future[Profiled] | None = None  # set while the engine is asked
         self._ready: asyncio.Future[EngineInfo] | None = None
         self._writer: asyncio.StreamWriter | None = None
         self._process: asyncio.subprocess.Process | None = None
@@ -249,6 +264,27 @@ class SocketEngineClient:
         self._tasks = [asyncio.create_task(self._read(reader)), asyncio.create_task(self._watch())]
         self._tasks[0].add_done_callback(self._reader_ended)
 
+    async def profile(self, *, running: bool) -> None:
+        self.check_serving()
+        if self._profiled is not None or running == self._profiling:
+            state = (
+                "is being written"
+                if self._profiled
+                else "is running already"
+                if running
+                else "is not running"
+            )
+            raise RequestError(f"A trace {state}.")
+        self._profiled = asyncio.get_running_loop().create_future()
+        self._send(Profile(running=running))
+        try:
+            answer = await asyncio.shield(self._profiled)
+        finally:
+            self._profiled = None
+        if answer.error is not None:
+            raise RequestError(f"The profiler failed: {answer.error}")
+        self._profiling = running
+
     async def wait_ready(self) -> EngineInfo:
         """The engine's own description, once it is ready.
 
@@ -283,7 +319,7 @@ class SocketEngineClient:
 
     # --- frames ---------------------------------------------------------------------------------------------
 
-    def _send(self, message: AddRequest | AbortRequest | Shutdown) -> None:
+    def _send(self, message: ToEngine) -> None:
         if self._writer is not None and not self._writer.is_closing():
             self._writer.write(encode_frame(message))
 
@@ -338,6 +374,9 @@ class SocketEngineClient:
                 self._info = message
                 if self._ready is not None and not self._ready.done():
                     self._ready.set_result(message)
+            case Profiled():
+                if self._profiled is not None:
+                    self._profiled.set_result(message)
             case EngineFailed():
                 self._die(message.message, user_error=message.user_error)
 
@@ -368,6 +407,8 @@ class SocketEngineClient:
         self._stats = msgspec.structs.replace(self._stats, num_running=0, num_waiting=0, kv_cache_usage=0.0)
         for stream in self._streams.values():
             stream.fail(EngineDeadError("The engine has ended."))
+        if self._profiled is not None and not self._profiled.done():
+            self._profiled.set_exception(EngineDeadError("The engine has ended."))
         self._streams.clear()
 
     def _die(self, reason: str, *, user_error: bool = False) -> None:

@@ -32,6 +32,8 @@ from jaxserve.messages import (
     AddRequest,
     EngineFailed,
     FromEngine,
+    Profile,
+    Profiled,
     SequenceOutput,
     Shutdown,
     StartupPhase,
@@ -150,6 +152,8 @@ def serve(connection: Connection, config: EngineConfig) -> None:
                     engine.abort_request(message)
                     if not engine.has_work:
                         connection.send(StepOutputs(outputs=[], stats=engine.stats()))
+                case Profile():
+                    connection.send(Profiled(error=runner.profile(running=message.running)))
                 case Shutdown():
                     runner.close()
                     return

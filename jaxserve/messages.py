@@ -41,6 +41,12 @@ class AbortRequest(msgspec.Struct, frozen=True, kw_only=True, tag="abort"):
     indices: list[int] | None = None
 
 
+class Profile(msgspec.Struct, frozen=True, kw_only=True, tag="profile"):
+    """Begin or end a trace of the engine process, in the configuration's `profile_dir`; answered by `Profiled`."""
+
+    running: bool
+
+
 class Shutdown(msgspec.Struct, frozen=True, tag="shutdown"):
     """End the engine process now."""
 
@@ -116,6 +122,12 @@ class StepOutputs(msgspec.Struct, frozen=True, kw_only=True, tag="step"):
     stats: EngineStats
 
 
+class Profiled(msgspec.Struct, frozen=True, kw_only=True, tag="profiled"):
+    """A trace has begun, or has ended and is on the disk; or why not."""
+
+    error: str | None = None
+
+
 class EngineFailed(msgspec.Struct, frozen=True, kw_only=True, tag="failed"):
     """The engine cannot go on; the process ends after this. `user_error`: the model or a flag is at fault."""
 
@@ -123,8 +135,8 @@ class EngineFailed(msgspec.Struct, frozen=True, kw_only=True, tag="failed"):
     user_error: bool
 
 
-ToEngine = AddRequest | AbortRequest | Shutdown
-FromEngine = StartupPhase | EngineInfo | StepOutputs | EngineFailed
+ToEngine = AddRequest | AbortRequest | Profile | Shutdown
+FromEngine = StartupPhase | EngineInfo | StepOutputs | Profiled | EngineFailed
 
 
 def encode_frame(message: ToEngine | FromEngine) -> bytes:

@@ -20,6 +20,7 @@ from jaxserve.config import EngineConfig, SchedulerConfig
 from jaxserve.errors import ConfigError
 from jaxserve.kernels import pallas_tpu_layout
 from jaxserve.kernels.blocked_attention import TOKEN_GROUP
+from jaxserve.kernels.metadata import QUERY_TILE
 from jaxserve.kernels.paged_attention import PoolShape, ServingShape, backend_for
 from jaxserve.kv_cache import CPU_DEFAULT_POOL_BYTES, KVCacheSpec, free_device_bytes, num_blocks_for
 from jaxserve.lockstep import Follower, OnLoss, Step, Table, end_process, join
@@ -56,11 +57,24 @@ class PlatformDefaults(NamedTuple):
         int | None
     )  # below, programs are for decoding alone; None: every program takes everything
     async_scheduling: bool
+    long_prefill_token_threshold: int  # one tile costs as much as the tokens of a tile
 
 
 # a lone sequence is worth a program of its own on a CPU, where every row costs
-PLATFORM_DEFAULTS = {"cpu": PlatformDefaults(64, 256, 16, (1, 8), None, async_scheduling=True)}
-ACCELERATOR_DEFAULTS = PlatformDefaults(256, 2048, 32, (16,), 256, async_scheduling=True)
+PLATFORM_DEFAULTS = {
+    "cpu": PlatformDefaults(
+        64,
+        256,
+        16,
+        (1, 8),
+        None,
+        async_scheduling=True,
+        long_prefill_token_threshold=QUERY_TILE,
+    )
+}
+ACCELERATOR_DEFAULTS = PlatformDefaults(
+    256, 2048, 32, (16,), 256, async_scheduling=True, long_prefill_token_threshold=0
+)
 
 
 class StepResult:
@@ -146,6 +160,8 @@ class ModelRunner:
         defaults = PLATFORM_DEFAULTS.get(self.platform, ACCELERATOR_DEFAULTS)
         self._max_num_seqs = config.max_num_seqs or defaults.max_num_seqs
         self._max_num_rows = _round_up(self._max_num_seqs, ROW_MULTIPLE)
+        share = config.long_prefill_token_threshold
+        self._long_prefill_tokens = defaults.long_prefill_token_threshold if share is None else share
         ahead = config.async_scheduling
         self._async_scheduling = defaults.async_scheduling if ahead is None else ahead
         chunk = defaults.max_num_batched_tokens if config.enable_chunked_prefill else self.max_model_len
@@ -229,6 +245,20 @@ class ModelRunner:
                     old = getattr(tables, frame.name)
                     table = np.frombuffer(frame.data, old.dtype).reshape(old.shape)
                     tables = tables._replace(**{frame.name: self.devices.put_everywhere(table)})
+
+    def profile(self, *, running: bool) -> str | None:
+        """Begin or end a trace of this process in the configuration's `profile_dir`; returns why that failed."""
+        directory = self.config.profile_dir
+        if directory is None:
+            return "there is no --profile-dir"
+        try:
+            if running:
+                jax.profiler.start_trace(directory)
+            else:
+                jax.profiler.stop_trace()  # writes it
+        except (OSError, RuntimeError) as error:  # the disk; the profiler
+            return str(error)
+        return None
 
     def close(self) -> None:
         """End together with the other processes, if there are any."""
@@ -358,6 +388,7 @@ class ModelRunner:
             num_blocks=num_blocks,
             enable_prefix_caching=self.config.enable_prefix_caching,
             enable_chunked_prefill=self.config.enable_chunked_prefill,
+            long_prefill_token_threshold=self._long_prefill_tokens,
             scheduling_policy=self.config.scheduling_policy,
             async_scheduling=self._async_scheduling,
         )

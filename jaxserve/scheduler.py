@@ -92,6 +92,7 @@ class Scheduler:
         self.running: list[Sequence] = []
         self.parked: list[Sequence] = []
         self.num_preemptions = 0
+        self._num_long_tokens = 0  # what the step has left for long prompts, while others decode
 
     @property
     def has_work(self) -> bool:
@@ -106,6 +107,7 @@ class Scheduler:
         that the step after it can be decided before the device is done; it is empty if all wait for results."""
         rows: dict[Sequence, ScheduledRow] = {}
         self._make_way()
+        self._num_long_tokens = self.config.long_prefill_token_threshold
         num_preemptions = self.num_preemptions
         budget = self._schedule_running(rows, self.config.max_num_batched_tokens)
         plan = StepPlan()
@@ -175,7 +177,7 @@ class Scheduler:
         """Rows of one token first, so that a long prompt never stalls a stream."""
         wanted = [(sequence.num_tokens_to_schedule, sequence) for sequence in self.running]
         for num_tokens, sequence in sorted(wanted, key=lambda entry: entry[0] > 1):
-            num_tokens = min(num_tokens, budget)
+            num_tokens = min(self._paced(sequence, num_tokens), budget)
             if num_tokens == 0:
                 continue
             while sequence.status is SequenceStatus.RUNNING:  # until it has blocks, or was preempted itself
@@ -211,9 +213,9 @@ class Scheduler:
         num_cached = self.block_manager.take_cached_prefix(sequence) if looked_up else 0
         if sequence.siblings and sequence.num_tokens_to_schedule == 0:  # nothing left to compute together
             self._fork_siblings(sequence)
-        wanted = sequence.num_tokens_to_schedule
+        wanted = self._paced(sequence, sequence.num_tokens_to_schedule)
         enough = self._make_room(sequence)
-        if enough and (wanted <= budget or self.config.enable_chunked_prefill):
+        if enough and wanted and (wanted <= budget or self.config.enable_chunked_prefill):
             copies = self.block_manager.allocate(sequence, min(wanted, budget))
             if copies is not None:
                 if looked_up and sequence.scheduled_at is None:
@@ -223,6 +225,18 @@ class Scheduler:
         if num_cached:
             self.block_manager.free(sequence)  # it looks again when its turn comes
         return None
+
+    def _paced(self, sequence: Sequence, num_tokens: int) -> int:
+        """How many of a sequence's next tokens a step may compute: while others decode, only so many of prompts that
+        take several steps anyway, which share them."""
+        is_long = len(sequence) > self.config.max_num_batched_tokens
+        if num_tokens <= 1 or not is_long or not self.config.long_prefill_token_threshold:
+            return num_tokens
+        if not any(s.num_tokens_to_schedule <= 1 for s in self.running):
+            return num_tokens
+        paced = min(num_tokens, self._num_long_tokens)
+        self._num_long_tokens -= paced
+        return paced
 
     def _count_as_computed(self, index: int, row: ScheduledRow) -> bool:
         """Move the sequence to the end of its row. Siblings join when the shared prompt is complete.

@@ -61,6 +61,9 @@ class FreeEngine:
     def abort(self, request_id: str, indices: list[int] | None = None) -> None:
         """A stream that nobody reads costs nothing."""
 
+    async def profile(self, *, running: bool) -> None:
+        """Nothing runs here."""
+
     async def _stream(self, request: AddRequest) -> AsyncIterator[list[SequenceOutput]]:
         last = request.params.max_tokens - 1
         for i in range(last + 1):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections import deque
 from collections.abc import Iterable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
@@ -61,15 +61,17 @@ def make_scheduler(
     budget: int = 8,
     caching: bool = True,
     chunked: bool = True,
+    **more: Any,
 ) -> Scheduler:
     config = SchedulerConfig(
-        max_model_len=MAX_MODEL_LEN,
+        max_model_len=more.pop("max_model_len", MAX_MODEL_LEN),
         max_num_seqs=max_num_seqs,
         max_num_batched_tokens=budget,
         block_size=BLOCK_SIZE,
         num_blocks=num_blocks,
         enable_prefix_caching=caching,
         enable_chunked_prefill=chunked,
+        **more,
     )
     return Scheduler(config, BlockManager(config))
 
@@ -100,7 +102,7 @@ class EngineStates(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.scheduler = make_scheduler()
+        self.scheduler = make_scheduler(long_prefill_token_threshold=3)
         self.count = 0
         self.written: dict[int, list[int | None]] = {}  # block → the token whose KV each slot holds
         self.under_way: deque[UnderWay] = deque()
@@ -310,6 +312,44 @@ def test_rows_of_one_token_are_served_before_a_long_prompt() -> None:
         ("short", 1),
         ("later", 4),
     ]
+
+
+PACED: dict[str, Any] = {
+    "num_blocks": 60,
+    "budget": 8,
+    "max_model_len": 100,
+    "long_prefill_token_threshold": 4,
+}
+
+
+def test_beside_streams_a_long_prompt_takes_few_tokens_a_step() -> None:
+    scheduler = make_scheduler(**PACED)
+    scheduler.add(make_sequence("stream", [2, 2], max_tokens=20))
+    run_step(scheduler)
+    scheduler.add(make_sequence("long", [1] * 18))
+    lengths = [[row.num_tokens for row in run_step(scheduler).rows] for _ in range(6)]
+    assert lengths == [[1, 4], [1, 4], [1, 4], [1, 4], [1, 2], [1, 1]]
+
+
+def test_a_long_prompt_alone_takes_the_whole_budget() -> None:
+    scheduler = make_scheduler(**PACED)
+    scheduler.add(make_sequence("long", [1] * 20))
+    assert [run_step(scheduler).num_tokens for _ in range(3)] == [8, 8, 4]
+
+
+def test_short_prompts_are_computed_beside_a_long_one_and_long_ones_share() -> None:
+    scheduler = make_scheduler(**PACED)
+    scheduler.add(make_sequence("stream", [2, 2], max_tokens=20))
+    run_step(scheduler)
+    for name, length in (("long", 20), ("short", 3), ("other", 20), ("behind", 1)):
+        scheduler.add(make_sequence(name, [1] * length))
+    rows = run_step(scheduler).rows
+    assert [(row.sequence.request_id, row.num_tokens) for row in rows] == [
+        ("stream", 1),
+        ("long", 4),
+        ("short", 3),
+    ]
+    assert names(scheduler.waiting) == ["other", "behind"]
 
 
 def test_the_youngest_is_preempted_and_computed_again_first() -> None:

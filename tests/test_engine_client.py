@@ -22,6 +22,7 @@ from jaxserve.errors import (
     EngineStalledError,
     EngineStartingError,
     ModelLoadError,
+    RequestError,
     RequestFailedError,
 )
 from jaxserve.messages import AddRequest, EngineStats, SequenceOutput
@@ -114,6 +115,26 @@ async def until(condition: Callable[[], bool]) -> None:
 
 
 # --- start ----------------------------------------------------------------------------------------------------
+
+
+async def test_a_trace_begins_and_ends_once_and_not_after_the_engines_end(connect: Connect) -> None:
+    client = await connect("""
+ready()
+send(Profiled()) if receive() == Profile(running=True) else None
+send(Profiled(error="disk full")) if receive() == Profile(running=False) else None
+receive()
+sys.exit(0)
+""")
+    await client.wait_ready()
+    with pytest.raises(RequestError, match="A trace is not running"):
+        await client.profile(running=False)
+    await client.profile(running=True)
+    with pytest.raises(RequestError, match="A trace is running already"):
+        await client.profile(running=True)
+    with pytest.raises(RequestError, match="disk full"):
+        await client.profile(running=False)
+    with pytest.raises(EngineDeadError):
+        await client.profile(running=False)
 
 
 async def test_the_engine_gets_its_configuration_and_says_when_it_is_ready(

@@ -34,7 +34,7 @@ RANKS = [  # from the bottom up; modules of one rank do not import each other
     "api.request_tables api.openapi_responses", "api.protocol api.openapi", "api.prompts", "api.generation",
     "api.responses",
     "api.metrics api.admission", "api.context", "api.sse api.request_body", "api.respond",
-    "api.chat api.completions api.models api.tokenization api.health api.docs", "api.app",
+    "api.chat api.completions api.models api.tokenization api.health api.docs", "api.profiling", "api.app",
     "api.cli api.serving", "api.__main__",
 ]  # fmt: skip
 RANK = {name: rank for rank, names in enumerate(RANKS) for name in names.split()}

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 
 from jaxserve.engine_client import EngineLoad
-from jaxserve.errors import EngineError
+from jaxserve.errors import EngineError, RequestError
 from jaxserve.messages import (
     AddRequest,
     EngineInfo,
@@ -94,6 +94,7 @@ class FakeEngineClient:
         self.submitted: list[AddRequest] = []
         self.aborted: list[tuple[str, list[int] | None]] = []
         self.error: EngineError | None = None
+        self.profiling = False
         self.fixed_load: EngineLoad | None = None
         self.stats = EngineStats()
         self._info = info or fake_info()
@@ -134,6 +135,12 @@ class FakeEngineClient:
         self.aborted.append((request_id, indices))
         stream = self._streams[request_id]
         stream.end(set(stream.live) if indices is None else set(indices))
+
+    async def profile(self, *, running: bool) -> None:
+        self.check_serving()
+        if running == self.profiling:
+            raise RequestError("A trace is running already." if running else "A trace is not running.")
+        self.profiling = running
 
     def emit(self, *outputs: SequenceOutput) -> None:
         """One step: outputs of any requests."""

@@ -96,10 +96,10 @@ class CompilerHere(ConstraintWorker):
 
 
 def make_context(tokenizer: Tokenizer, engine: FakeEngineClient, **config: Any) -> ServerContext:
-    """A server that is ready; `config` are fields of ServerConfig."""
+    """A server that is ready; `config` are fields of ServerConfig and EngineConfig."""
     config.setdefault("served_model_names", (MODEL, "alias"))
-    policy = config.pop("scheduling_policy", "fcfs")
-    engine_config = EngineConfig(model="/models/small", scheduling_policy=policy)
+    names = EngineConfig.__dataclass_fields__.keys() & config.keys()
+    engine_config = EngineConfig(model="/models/small", **{name: config.pop(name) for name in names})
     server_config = ServerConfig(engine=engine_config, **config)
     context = ServerContext(
         config=server_config,

@@ -91,7 +91,9 @@ SETTINGS: list[tuple[list[str], str, Any]] = [
     (["--enable-prefix-caching"], "enable_prefix_caching", True),
     (["--no-enable-chunked-prefill"], "enable_chunked_prefill", False),
     (["--enable-chunked-prefill"], "enable_chunked_prefill", True),
+    (["--long-prefill-token-threshold", "9"], "long_prefill_token_threshold", 9),
     (["--scheduling-policy", "priority"], "scheduling_policy", "priority"),
+    (["--profile-dir", "traces"], "profile_dir", "traces"),
     (["--async-scheduling"], "async_scheduling", True),
     (["--no-async-scheduling"], "async_scheduling", False),
 ]

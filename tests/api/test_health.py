@@ -52,6 +52,27 @@ async def test_a_healthy_server_says_ok(context: ServerContext, path: str) -> No
     assert await probe(context, path) == (200, {"status": "ok"})
 
 
+async def test_profiles_begin_and_end_where_there_is_a_place_for_them(
+    tokenizer: Tokenizer, engine: FakeEngineClient
+) -> None:
+    context = make_context(tokenizer, engine, profile_dir="traces")
+    for path, status, profiling in (
+        ("/stop_profile", 400, False),
+        ("/start_profile", 200, True),
+        ("/start_profile", 400, True),
+        ("/stop_profile", 200, False),
+    ):
+        assert (await probe(context, path, "POST"))[0] == status
+        assert engine.profiling == profiling
+    engine.error = EngineDeadError("gone")
+    assert await probe(context, "/start_profile", "POST") == (503, "engine_dead")
+
+
+async def test_without_a_place_for_profiles_there_are_no_such_routes(context: ServerContext) -> None:
+    for path in ("/start_profile", "/stop_profile"):
+        assert (await probe(context, path, "POST"))[0] == 404
+
+
 async def test_ping_may_be_posted(context: ServerContext, engine: FakeEngineClient) -> None:
     assert await probe(context, "/ping", "POST") == (200, {"status": "ok"})
     engine.error = EngineDeadError("gone")

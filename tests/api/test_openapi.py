@@ -102,6 +102,14 @@ async def test_it_is_valid_openapi_3_1(tokenizer: Tokenizer, engine: FakeEngineC
         Draft202012Validator.check_schema(schema)
 
 
+async def test_profiles_are_in_it_where_they_are_served(
+    tokenizer: Tokenizer, engine: FakeEngineClient, app: Quart
+) -> None:
+    profiling = make_app(tokenizer, engine, profile_dir="traces")
+    added = (await get_document(profiling))["paths"].keys() - (await get_document(app))["paths"].keys()
+    assert added == {"/start_profile", "/stop_profile"}
+
+
 async def test_every_route_is_in_it_and_nothing_else(app: Quart) -> None:
     routes = set()
     for rule in app.url_map.iter_rules():

@@ -1,0 +1,75 @@
+"""Streams of completions, as the load generators of scripts/bench_stall.py and scripts/bench_growth.py need them."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import random
+import time
+from urllib.parse import urlsplit
+from urllib.request import urlopen
+
+TOKEN_IDS = range(1000, 40_000)  # random tokens of prompts: far from the special ones of any usual vocabulary
+
+
+class Client:
+    """A server and its first model. Sockets are read directly, so that the client takes little of the machine.
+
+    Args:
+        url: the server's, without a path.
+        seed: of the prompts; two clients of one seed ask for the same.
+    """
+
+    def __init__(self, url: str, seed: int = 0) -> None:
+        self.url = url.rstrip("/")
+        address = urlsplit(self.url)
+        self._host, self._port = address.hostname or "127.0.0.1", address.port or 80
+        with urlopen(f"{self.url}/v1/models") as answer:
+            self.model: str = json.load(answer)["data"][0]["id"]
+        self._random = random.Random(seed)
+
+    def prompt(self, num_tokens: int) -> list[int]:
+        """Random token ids."""
+        return self._random.choices(TOKEN_IDS, k=num_tokens)
+
+    async def stream(self, prompt: list[int], max_tokens: int, times: list[float]) -> None:
+        """Stream a completion of exactly `max_tokens` tokens; the arrival of each is added to `times`
+        (`time.perf_counter()` seconds) at once. Cancelling ends the connection, and so the request.
+
+        Raises:
+            RuntimeError: the server does not answer with a stream, or ends it with an error.
+        """
+        wanted = {"model": self.model, "prompt": prompt, "max_tokens": max_tokens, "stream": True}
+        body = json.dumps(wanted | {"ignore_eos": True, "temperature": 0, "return_token_ids": True}).encode()
+        reader, writer = await asyncio.open_connection(self._host, self._port)
+        try:
+            head = (
+                f"POST /v1/completions HTTP/1.1\r\nHost: {self._host}\r\nConnection: close\r\n"
+                f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+            )
+            writer.write(head.encode() + body)
+            status = await reader.readline()
+            if b" 200 " not in status:
+                raise RuntimeError((status + await reader.read()).decode())
+            while line := await reader.readline():
+                if line.startswith(b"data: {"):
+                    chunk = json.loads(line[len("data: ") :])
+                    if "error" in chunk:
+                        raise RuntimeError(chunk["error"]["message"])
+                    now = time.perf_counter()
+                    times += [now for c in chunk["choices"] for _ in c.get("token_ids") or ()]
+        finally:
+            writer.close()
+
+    def metric(self, name: str) -> float:
+        """The value of a metric, labels aside; several lines of one name are added up.
+
+        Raises:
+            KeyError: there is none of that name.
+        """
+        with urlopen(f"{self.url}/metrics") as answer:
+            lines = [line.split() for line in answer.read().decode().splitlines() if not line.startswith("#")]
+        found = [float(value) for key, value, *_ in lines if key.partition("{")[0] == name]
+        if not found:
+            raise KeyError(name)
+        return sum(found)
