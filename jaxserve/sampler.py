@@ -20,7 +20,7 @@ from jax.extend.random import threefry2x32_p
 
 from jaxserve.logits_processors import ProcessorInputs, process_logits
 from jaxserve.sampling_params import GREEDY_EPSILON
-from jaxserve.sharding import VOCAB_ROWS, VocabShard
+from jaxserve.sharding import VOCAB_ROWS, VocabShard, count_true
 
 NUM_CANDIDATES = 1024  # covers almost every top-p set of a trained model
 NUM_BEAM_CANDIDATES = 256  # twice the widest beam search
@@ -175,7 +175,7 @@ def _top_k_top_p_mask(
     )[:, 0]
     # top-p cuts what top-k left; without top-k that is everything
     target = top_p * jnp.where(top_k <= num_candidates, within_k, total)
-    size_p = jnp.sum(mass < target[:, None], axis=-1) + 1
+    size_p = count_true(mass < target[:, None]) + 1
     size = jnp.minimum(jnp.where(top_p < 1.0, size_p, V), top_k)
     unfiltered = (top_k >= V) & (top_p >= 1.0)
     covered = unfiltered | (top_k <= num_candidates) | ((top_k >= V) & (size_p <= num_candidates))
@@ -217,7 +217,7 @@ def _bisect_threshold(
         high = jnp.full_like(low, jnp.iinfo(jnp.uint32).max)
         return lax.fori_loop(0, BISECTION_STEPS, body, (low, high))[0]
 
-    by_k = largest(lambda t: vocab.sum(keys >= t) >= top_k[:, None])
+    by_k = largest(lambda t: vocab.count(keys >= t) >= top_k[:, None])
     in_k = jnp.where(keys >= by_k, weights, 0.0)
     target = top_p[:, None] * vocab.sum(in_k)
     by_p = largest(lambda t: vocab.sum(jnp.where(keys >= t, in_k, 0.0)) >= target)
@@ -257,7 +257,7 @@ def _draw(scaled: jax.Array, keep: jax.Array, uniforms: jax.Array, vocab: VocabS
     table = jnp.pad(weights, ((0, 0), (0, num_rows * num_columns - V))).reshape(S, num_rows, num_columns)
     cumulative = jnp.cumsum(vocab.group.sum(jnp.sum(table, axis=1)), axis=-1)  # [S, columns]
     target = uniforms * cumulative[:, -1]
-    column = jnp.sum(cumulative <= target[:, None], axis=-1)
+    column = count_true(cumulative <= target[:, None])
     column = jnp.minimum(column, num_columns - 1)
     before = jnp.where(
         column > 0, jnp.take_along_axis(cumulative, jnp.maximum(column - 1, 0)[:, None], 1)[:, 0], 0.0
@@ -265,7 +265,7 @@ def _draw(scaled: jax.Array, keep: jax.Array, uniforms: jax.Array, vocab: VocabS
     members = jnp.take_along_axis(table, column[:, None, None], axis=2)[:, :, 0]
     members = vocab.group.gather(members, axis=1)  # [S, rows of all chips]
     within = jnp.cumsum(members, axis=-1)
-    row = jnp.sum(within <= (target - before)[:, None], axis=-1)
+    row = count_true(within <= (target - before)[:, None])
     # the two sums round differently: never step past the last token that can be drawn
     last_row = members.shape[1] - 1 - jnp.argmax(members[:, ::-1] > 0, axis=-1)
     return (jnp.minimum(row, last_row) * num_columns + column).astype(jnp.int32)
@@ -277,13 +277,13 @@ def logprobs_of(
     """(logprob [S], rank [S], top ids [S, L], top logprobs [S, L]), natural logarithms of log_softmax."""
     normalizer = vocab.logsumexp(logits)
     chosen = vocab.take(logits, token_ids[:, None])
-    rank = 1 + vocab.sum(logits > chosen)[:, 0]
+    rank = 1 + vocab.count(logits > chosen)[:, 0]
     k = min(max_logprobs, vocab.size)
     values, ids = vocab.top_k(logits, k, top_few)
     pad = ((0, 0), (0, max_logprobs - k))
     return (
         (chosen - normalizer)[:, 0],
-        rank.astype(jnp.int32),
+        rank,
         jnp.pad(ids, pad),
         jnp.pad(values - normalizer, pad, constant_values=-jnp.inf),
     )

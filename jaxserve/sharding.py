@@ -70,6 +70,12 @@ class TensorParallel:
 ONE_CHIP = TensorParallel()
 
 
+def count_true(x: jax.Array) -> jax.Array:
+    """bool […, n] → […] int32. Summed in float32, exactly up to 2²⁴: of a sum of integers XLA:CPU makes a tree of
+    windows, which takes as long to compile as a layer."""
+    return jnp.sum(x.astype(jnp.float32), axis=-1).astype(jnp.int32)
+
+
 @dataclass(frozen=True)
 class VocabShard:
     """A chip's share of the vocabulary: whole rows of a table [rows, columns] in which token v is in row v // columns.
@@ -121,6 +127,10 @@ class VocabShard:
         """[…, V] → […, 1]."""
         return self.group.sum(jnp.sum(x, axis=-1, keepdims=True))
 
+    def count(self, x: jax.Array) -> jax.Array:
+        """bool […, V] → […, 1] int32: how many are true."""
+        return self.group.sum(count_true(x)[..., None])
+
     def max(self, x: jax.Array) -> jax.Array:
         """[…, V] → […, 1]."""
         return self.group.max(jnp.max(x, axis=-1, keepdims=True))
@@ -136,8 +146,9 @@ class VocabShard:
     def argmax(self, x: jax.Array) -> jax.Array:
         """[…, V] → […] int32, the lowest id on a tie. Two plain reductions: XLA:CPU does not vectorize the one that
         carries an index along (four times as slow)."""
-        index = jnp.min(jnp.where(x == self.max(x), self.ids(), self.size), axis=-1)
-        return jnp.minimum(self.group.min(index), self.size - 1)
+        ids = self.ids().astype(jnp.float32)  # exact; see count_true
+        index = jnp.min(jnp.where(x == self.max(x), ids, float(self.size)), axis=-1)
+        return jnp.minimum(self.group.min(index.astype(jnp.int32)), self.size - 1)
 
     def take(self, x: jax.Array, ids: jax.Array) -> jax.Array:
         """x [S, V] at ids [S, n] → [S, n]."""

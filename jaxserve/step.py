@@ -210,7 +210,7 @@ def _forward(
     model: Llama, inputs: dict[str, jax.Array], pools: Pools, attend: Attend, *, unroll_layers: bool
 ) -> tuple[jax.Array, Pools]:
     num_single_tokens, num_tiles, num_copies = inputs["counts"][:3]
-    pools = copy_blocks(pools, inputs["block_copies"], num_copies)
+    pools = copy_blocks(pools, inputs["block_copies"], num_copies, flatten=not unroll_layers)
     token_ids = _known_tokens(inputs["token_ids"], pools.sampled)
     metadata = AttentionMetadata(
         block_tables=inputs["block_tables"],
@@ -242,16 +242,22 @@ def _known_tokens(token_ids: jax.Array, sampled: jax.Array) -> jax.Array:
     return jnp.where(token_ids < 0, jnp.maximum(sampled[source], 0), token_ids)
 
 
-def copy_blocks(pools: Pools, copies: jax.Array, num_copies: jax.Array) -> Pools:
+def copy_blocks(pools: Pools, copies: jax.Array, num_copies: jax.Array, *, flatten: bool = False) -> Pools:
     """Copy-on-write: for each of the first `num_copies` rows (source, target) of `copies`, in order, copy the
-    block in every pool."""
+    block in every pool; as one dimension if `flatten`: XLA:CPU unrolls a copy of six, and compiles it for a second."""
 
     def copy_one(i: jax.Array, pools: Pools) -> Pools:
         source, target = copies[i, 0], copies[i, 1]
 
         def copy(pool: jax.Array, axis: int) -> jax.Array:
-            block = lax.dynamic_slice_in_dim(pool, source, 1, axis)
-            return lax.dynamic_update_slice_in_dim(pool, block, target, axis)
+            flat = pool.reshape(*pool.shape[: axis + 1], -1) if flatten else pool
+            starts: list[jax.Array | int] = [0] * flat.ndim
+            starts[axis] = source
+            sizes = [1 if i == axis else size for i, size in enumerate(flat.shape)]
+            block = lax.dynamic_slice(flat, starts, sizes, allow_negative_indices=False)
+            starts[axis] = target
+            flat = lax.dynamic_update_slice(flat, block, starts, allow_negative_indices=False)
+            return flat.reshape(pool.shape)
 
         kv = jax.tree.map(lambda pool: copy(pool, 1), pools.kv)
         return pools._replace(kv=kv, tokens=copy(pools.tokens, 0))

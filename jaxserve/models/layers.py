@@ -20,6 +20,8 @@ from jax import lax
 from jaxserve.kernels.reference import INT8_MAX
 from jaxserve.sharding import ONE_CHIP, TensorParallel, VocabShard
 
+LayerIndex = int | jax.Array
+
 MAX_SUMMED_ROWS = 1 << 15
 CONTRACT_LAST = (((1,), (1,)), ((), ()))
 
@@ -127,14 +129,16 @@ class Embedding(nnx.Module):
 
 
 class RMSNorm(nnx.Module):
-    """`rms_norm` with parameters."""
+    """`rms_norm` with parameters, those of `num_layers` layers in one: as parameters of their own they would cost a
+    program more to compile than all else in its layers."""
 
-    def __init__(self, features: int, *, eps: float, dtype: jnp.dtype) -> None:
-        self.weight = nnx.Param(jnp.zeros((features,), dtype))
+    def __init__(self, features: int, *, eps: float, dtype: jnp.dtype, num_layers: int = 1) -> None:
+        self.weight = nnx.Param(jnp.zeros((num_layers * features,), dtype))
+        self.features = features
         self.eps = eps
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        return rms_norm(x, self.weight[...], self.eps)
+    def __call__(self, x: jax.Array, layer: LayerIndex = 0) -> jax.Array:
+        return rms_norm(x, self.weight[...].reshape(-1, self.features)[layer], self.eps)
 
 
 def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:

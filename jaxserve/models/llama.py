@@ -21,11 +21,11 @@ from jaxserve.kernels.reference import QuantizedPool
 from jaxserve.models.config import ModelConfig
 from jaxserve.models.layers import (
     Embedding,
+    LayerIndex,
     Linear,
     QuantizedRows,
     RMSNorm,
     quantize_rows,
-    rms_norm,
     rotary_embedding,
 )
 from jaxserve.models.loader import Part, TensorSlot
@@ -34,7 +34,6 @@ from jaxserve.sharding import ONE_CHIP, TensorParallel, VocabShard, shard_config
 
 Pool = jax.Array | QuantizedPool
 Attend = Callable[..., tuple[jax.Array, Pool]]
-LayerIndex = int | jax.Array
 
 
 class Attention(nnx.Module):
@@ -73,14 +72,12 @@ class MLP(nnx.Module):
 
 
 class DecoderLayer(nnx.Module):
-    """Parameters of one layer."""
+    """Parameters of one layer but for its norms, which are in `Llama`."""
 
     def __init__(
         self, config: ModelConfig, dtype: jnp.dtype, group: TensorParallel, *, quantized: bool
     ) -> None:
-        self.input_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps, dtype=dtype)
         self.self_attn = Attention(config, dtype, group, quantized=quantized)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps, dtype=dtype)
         self.mlp = MLP(config, dtype, group, quantized=quantized)
 
 
@@ -110,7 +107,13 @@ class Llama(nnx.Module):
         self.layers = nnx.List(
             [DecoderLayer(config, dtype, group, quantized=quantized) for _ in range(config.num_layers)]
         )
-        self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps, dtype=dtype)
+
+        def norms(num_layers: int = 1) -> RMSNorm:
+            return RMSNorm(config.hidden_size, eps=config.rms_norm_eps, dtype=dtype, num_layers=num_layers)
+
+        self.input_layernorm = norms(config.num_layers)
+        self.post_attention_layernorm = norms(config.num_layers)
+        self.norm = norms()
         tied = config.tie_word_embeddings
         self.lm_head = (
             None
@@ -174,13 +177,13 @@ class Llama(nnx.Module):
         """x [T, E] → [T, H, D], [T, K, D], [T, K, D]; positions are rotated into the first two."""
         c = self.config
         H, K = c.num_heads, c.num_kv_heads
-        x = self._normalize(layer, lambda m: m.input_layernorm, x)
+        x = self.input_layernorm(x, layer)
         qkv = self._apply(layer, lambda m: m.self_attn.qkv_proj, x).reshape(len(x), H + 2 * K, c.head_dim)
         rotated = rotary_embedding(qkv[:, : H + K], cos, sin).astype(x.dtype)
         return rotated[:, :H], rotated[:, H:], qkv[:, H + K :].astype(x.dtype)
 
     def _mlp(self, layer: LayerIndex, x: jax.Array) -> jax.Array:
-        x = self._normalize(layer, lambda m: m.post_attention_layernorm, x)
+        x = self.post_attention_layernorm(x, layer)
         gate, up = jnp.split(self._apply(layer, lambda m: m.mlp.gate_up_proj, x), 2, axis=-1)
         return self._apply(layer, lambda m: m.mlp.down_proj, (jax.nn.silu(gate) * up).astype(x.dtype))
 
@@ -195,14 +198,6 @@ class Llama(nnx.Module):
             inputs = quantize_rows(x)  # once, not in every branch
         out: jax.Array = lax.switch(layer, [part(module) for module in self.layers], inputs)
         return out
-
-    def _normalize(
-        self, layer: LayerIndex, part: Callable[[DecoderLayer], RMSNorm], x: jax.Array
-    ) -> jax.Array:
-        if isinstance(layer, int):
-            return part(self.layers[layer])(x)
-        weights = jnp.stack([part(module).weight[...] for module in self.layers])
-        return rms_norm(x, weights[layer], self.config.rms_norm_eps)
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """hidden [R, E] → [R, V] float32; a chip's share, its padding included."""
@@ -252,7 +247,9 @@ def checkpoint_slots(config: ModelConfig, *, num_shards: int = 1, shard: int = 0
     for i in range(c.num_layers):
         layer, param = f"model.layers.{i}", f"layers.{i}"
         for norm in ("input_layernorm", "post_attention_layernorm"):
-            slots[f"{layer}.{norm}.weight"] = TensorSlot(f"{param}.{norm}.weight", 0, (c.hidden_size,))
+            slots[f"{layer}.{norm}.weight"] = TensorSlot(
+                f"{norm}.weight", i * c.hidden_size, (c.hidden_size,)
+            )
         qkv, gate_up = f"{param}.self_attn.qkv_proj", f"{param}.mlp.gate_up_proj"
         add_rows(layer, "self_attn.q_proj", qkv, 0, q, q_part, c.attention_bias)
         add_rows(layer, "self_attn.k_proj", qkv, own_q, kv, kv_part, c.attention_bias)
