@@ -128,6 +128,11 @@ def make_parser() -> argparse.ArgumentParser:
     engine.add_argument("--scheduling-policy", help="fcfs, or priority: requests of a lower priority first")
     engine.add_argument("--profile-dir", help="where POST /start_profile and /stop_profile leave traces")
     engine.add_argument("--async-scheduling", action=argparse.BooleanOptionalAction)
+    engine.add_argument(
+        "--speculative-config",
+        type=_json_object,
+        help='JSON object, e.g. {"method": "ngram", "num_speculative_tokens": 7}',
+    )
     return parser
 
 

@@ -208,6 +208,9 @@ class _EngineCollector(Collector):
             ("num_preemptions", "Sequences that were preempted.", stats.num_preemptions),
             ("prefix_cache_queries", "Prompt tokens looked up.", stats.prefix_cache_queries),
             ("prefix_cache_hits", "Prompt tokens found.", stats.prefix_cache_hits),
+            ("spec_decode_num_drafts", "Speculative decoding: drafts.", stats.spec_decode_drafts),
+            ("spec_decode_num_draft_tokens", "Tokens of drafts.", stats.spec_decode_draft_tokens),
+            ("spec_decode_num_accepted_tokens", "Those accepted.", stats.spec_decode_accepted_tokens),
         )
         described = InfoMetricFamily("cache_config", "The KV cache.", labels=LABEL)
         info = self._info()

@@ -86,6 +86,11 @@ class BlockManager:
             sequence.block_table.append(self._take_free_block())
         return copies
 
+    def trim(self, sequence: Sequence) -> None:
+        """Take back the blocks behind the one that the last computed token is in."""
+        while (len(sequence.block_table) - 1) * self.block_size >= sequence.num_computed_tokens:
+            self._release(sequence.block_table.pop())
+
     def take_cached_prefix(self, sequence: Sequence) -> int:
         """Give a sequence without blocks those of its longest cached prefix, in whole blocks and short of
         its last token, which must be computed to sample from.

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -19,10 +20,63 @@ AttentionBackend = Literal["auto", "pallas_tpu", "pallas_triton", "blocked", "re
 SchedulingPolicy = Literal["fcfs", "priority"]
 ToolCallParserName = Literal["hermes", "llama3_json", "pythonic"]
 
+MAX_SPECULATIVE_TOKENS = 32
+DEFAULT_LOOKUP_MAX, DEFAULT_LOOKUP_MIN = 4, 2
+
 
 def cache_dir() -> Path:
     """Where jaxserve keeps what it can make again: the demo model and compiled programs."""
     return Path(os.environ.get("JAXSERVE_CACHE") or Path.home() / ".cache" / "jaxserve").expanduser()
+
+
+@dataclass(frozen=True, kw_only=True)
+class SpeculativeConfig:
+    """Prompt-lookup speculative decoding. Names are vLLM's.
+
+    Attributes:
+        method: "ngram": what follows is looked up in the prompt and the output so far.
+        num_speculative_tokens: tokens to guess at most in one step.
+        prompt_lookup_max: the longest run of tokens at the text's end to look for; by default 4, or prompt_lookup_min
+            if that is more.
+        prompt_lookup_min: the shortest; by default 2, or prompt_lookup_max if that is less.
+    """
+
+    method: str
+    num_speculative_tokens: int
+    prompt_lookup_max: int
+    prompt_lookup_min: int
+
+    @classmethod
+    def of(cls, given: Mapping[str, Any]) -> SpeculativeConfig:
+        """Check the fields that a user has given.
+
+        Raises:
+            ConfigError: one is unknown, missing or wrong.
+        """
+        flag, known = "--speculative-config", [f.name for f in fields(cls)]
+        for name in given:
+            _require(name in known, flag, name, "an object with no fields but " + ", ".join(known))
+        for name in ("method", "num_speculative_tokens"):
+            _require(name in given, flag, dict(given), f"an object with {name}")
+        _choice(f"{flag}: method", given["method"], ("ngram",))
+        for name in known[1:]:
+            value = given.get(name, 1)
+            ok = type(value) is int and 1 <= value <= MAX_SPECULATIVE_TOKENS
+            allowed = f"an integer between 1 and {MAX_SPECULATIVE_TOKENS}"
+            _require(ok, f"{flag}: {name}", value, allowed)
+        shortest, longest = given.get("prompt_lookup_min"), given.get("prompt_lookup_max")
+        if longest is None:
+            longest = max(DEFAULT_LOOKUP_MAX, shortest or 0)
+        if shortest is None:
+            shortest = min(DEFAULT_LOOKUP_MIN, longest)
+        allowed = f"at most prompt_lookup_max ({longest})"
+        _require(shortest <= longest, f"{flag}: prompt_lookup_min", shortest, allowed)
+        return cls(
+            method=given["method"],
+            num_speculative_tokens=given["num_speculative_tokens"],
+            prompt_lookup_max=longest,
+            prompt_lookup_min=shortest,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,6 +111,7 @@ class EngineConfig:
         coordinator_address: host:port of process 0, where the processes of one engine meet.
         num_processes: how many there are.
         process_id: which one this is; process 0 schedules and serves.
+        speculative_config: the fields of a SpeculativeConfig; None: no speculative decoding.
     """
 
     model: str
@@ -86,6 +141,16 @@ class EngineConfig:
     coordinator_address: str | None = None
     num_processes: int = 1
     process_id: int = 0
+    speculative_config: Mapping[str, Any] | None = None
+
+    @property
+    def speculation(self) -> SpeculativeConfig | None:
+        """`speculative_config`, checked.
+
+        Raises:
+            ConfigError: it is wrong.
+        """
+        return None if self.speculative_config is None else SpeculativeConfig.of(self.speculative_config)
 
     def __post_init__(self) -> None:
         _require(bool(self.model), "--model", self.model, "a directory, a .gguf file or a hub id")
@@ -117,6 +182,8 @@ class EngineConfig:
         )
         _require(0 <= self.max_logprobs <= 100, "--max-logprobs", self.max_logprobs, "between 0 and 100")
         self._check_processes()
+        if self.speculative_config is not None:
+            SpeculativeConfig.of(self.speculative_config)
 
     def _check_processes(self) -> None:
         address, count = self.coordinator_address, self.num_processes
@@ -145,6 +212,7 @@ class SchedulerConfig:
         long_prefill_token_threshold: tokens a step of prompts that take several, while others decode; 0: no limit.
         scheduling_policy: whether requests may have priorities.
         async_scheduling: decide a step before the results of the one before it are there.
+        speculation: guess tokens and check several in one step; None: never.
     """
 
     max_model_len: int
@@ -157,6 +225,7 @@ class SchedulerConfig:
     long_prefill_token_threshold: int = 0
     scheduling_policy: SchedulingPolicy = "fcfs"
     async_scheduling: bool = True
+    speculation: SpeculativeConfig | None = None
 
     def __post_init__(self) -> None:
         usable_tokens = (self.num_blocks - 1) * self.block_size
@@ -260,5 +329,5 @@ def _require(ok: bool, flag: str, value: object, allowed: str) -> None:
         raise ConfigError(f"{flag} must be {allowed}, got {value!r}.")
 
 
-def _choice(flag: str, value: str, allowed: tuple[str, ...]) -> None:
+def _choice(flag: str, value: object, allowed: tuple[str, ...]) -> None:
     _require(value in allowed, flag, value, "one of " + ", ".join(allowed))

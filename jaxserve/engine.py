@@ -33,6 +33,7 @@ from jaxserve.sampler import NO_TOKEN
 from jaxserve.sampling_params import INT64_MAX
 from jaxserve.scheduler import ScheduledRow, Scheduler, StepPlan
 from jaxserve.sequence import Sequence
+from jaxserve.speculation import DraftRow, Speculation
 from jaxserve.tokenizer import Tokenizer
 
 MIN_SHARE_AHEAD = 4  # of so many sequences one may sit out a step that is begun before its token is known
@@ -68,6 +69,11 @@ class Engine:
         self.limits = limits or model_runner.limits
         self.block_manager = BlockManager(self.limits)
         self.scheduler = Scheduler(self.limits, self.block_manager)
+        self.speculation = (
+            Speculation(self.limits.speculation, self.limits, self.block_manager, model_runner.shapes)
+            if self.limits.speculation
+            else None
+        )
         self._requests: dict[str, list[Sequence]] = {}
         self._under_way: deque[StepUnderWay] = deque()
         self._beams = Beams(self.scheduler)
@@ -152,10 +158,13 @@ class Engine:
         plan, result = self._under_way.popleft()
         outputs = self._update(plan, result)
         self._last_step_s, self._last_num_tokens = time.monotonic() - started, plan.num_tokens
+        if self.speculation is not None:
+            self.speculation.settle(plan, self._last_step_s)
         return StepOutputs(outputs=outputs, stats=self.stats())
 
     def stats(self) -> EngineStats:
         """Gauges and totals as of now."""
+        spec = self.speculation
         return EngineStats(
             num_running=len(self.scheduler.running),
             num_waiting=len(self.scheduler.waiting),
@@ -166,6 +175,9 @@ class Engine:
             xla_compilations=self.model_runner.compilations.count,
             num_tokens=self._last_num_tokens,
             step_s=self._last_step_s,
+            spec_decode_drafts=spec.num_drafts if spec else 0,
+            spec_decode_draft_tokens=spec.num_draft_tokens if spec else 0,
+            spec_decode_accepted_tokens=spec.num_accepted_tokens if spec else 0,
         )
 
     def info(self) -> EngineInfo:
@@ -192,15 +204,19 @@ class Engine:
             self._under_way and self._must_wait(self._under_way[-1].plan)
         ):
             plan = self.scheduler.schedule()
+            if not plan.rows and not self._under_way:  # all were preempted, and can begin again now
+                plan = self.scheduler.schedule()
             if not plan.rows:
                 return
+            if self.speculation is not None:
+                self.speculation.add_drafts(plan)
             self._under_way.append(StepUnderWay(plan, self.model_runner.run(plan)))
 
     @staticmethod
     def _must_wait(plan: StepPlan) -> bool:
         """Sequences whose next mask depends on this step's tokens sit out the next one if it begins at once, and run
-        only every other step: a few may, so that all others need not wait for the host."""
-        return plan.num_held * MIN_SHARE_AHEAD > len(plan.rows)
+        only every other step: a few may, so that all others need not wait for the host. Drafts are worth the wait."""
+        return plan.num_drafts > 0 or plan.num_held * MIN_SHARE_AHEAD > len(plan.rows)
 
     # --- one step's aftermath -------------------------------------------------------------------------------
 
@@ -217,6 +233,10 @@ class Engine:
         for index, row in enumerate(plan.rows):
             sequence = row.sequence
             if sequence.finish_reason is not None:
+                continue
+            if isinstance(row, DraftRow):
+                if row.accept():
+                    outputs[-1] = outputs[-1].followed_by(self._advance(sequence, index, result))
                 continue
             if sequence in rated:
                 outputs.append(

@@ -100,6 +100,11 @@ class SequenceOutput(msgspec.Struct, frozen=True, array_like=True, omit_defaults
     # of the next tokens of the prompt, from its second on; in outputs of index 0, before its first token
     prompt_logprobs: list[TopLogprobs] | None = None
 
+    def followed_by(self, later: SequenceOutput) -> SequenceOutput:
+        """What both have added to the sequence, as one."""
+        logprobs = None if self.logprobs is None else self.logprobs + (later.logprobs or [])
+        return msgspec.structs.replace(later, token_ids=self.token_ids + later.token_ids, logprobs=logprobs)
+
 
 class EngineStats(msgspec.Struct, frozen=True, array_like=True):
     """Gauges and running totals after a step."""
@@ -113,6 +118,9 @@ class EngineStats(msgspec.Struct, frozen=True, array_like=True):
     xla_compilations: int = 0  # since ready
     num_tokens: int = 0  # computed by this step
     step_s: float = 0.0
+    spec_decode_drafts: int = 0  # times that tokens were guessed behind a sequence's last one
+    spec_decode_draft_tokens: int = 0
+    spec_decode_accepted_tokens: int = 0
 
 
 class StepOutputs(msgspec.Struct, frozen=True, kw_only=True, tag="step"):

@@ -21,7 +21,7 @@ from jaxserve.errors import ConfigError
 from jaxserve.kernels import pallas_tpu_layout
 from jaxserve.kernels.blocked_attention import TOKEN_GROUP
 from jaxserve.kernels.metadata import QUERY_TILE
-from jaxserve.kernels.paged_attention import PoolShape, ServingShape, backend_for
+from jaxserve.kernels.paged_attention import BACKENDS, PoolShape, ServingShape, backend_for
 from jaxserve.kv_cache import CPU_DEFAULT_POOL_BYTES, KVCacheSpec, free_device_bytes, num_blocks_for
 from jaxserve.lockstep import Follower, OnLoss, Step, Table, end_process, join
 from jaxserve.logits_processors import SlotTables
@@ -330,9 +330,15 @@ class ModelRunner:
             sliding_window=model.sliding_window,
         )
         try:
-            return backend_for(shape, self.config.attention_backend, self.platform)
+            backend = backend_for(shape, self.config.attention_backend, self.platform)
         except ValueError as error:
             raise ConfigError(str(error)) from None
+        if self.config.speculation and not BACKENDS[backend].rows_meet:
+            raise ConfigError(
+                f"--speculative-config is not for the attention backend {backend}, whose rows do not see each other: "
+                "choose another one with --attention-backend."
+            )
+        return backend
 
     def _load(self, checkpoint: Checkpoint, report: Report) -> list[jax.Array]:
         started = time.monotonic()
@@ -391,6 +397,7 @@ class ModelRunner:
             long_prefill_token_threshold=self._long_prefill_tokens,
             scheduling_policy=self.config.scheduling_policy,
             async_scheduling=self._async_scheduling,
+            speculation=self.config.speculation,
         )
 
     def _compile(self, shape: StepShape, num_blocks: int) -> jax.stages.Compiled:

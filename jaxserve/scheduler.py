@@ -66,11 +66,13 @@ class StepPlan:
     Attributes:
         first_scheduled: sequences that run for the first time in this step.
         num_held: sequences that cannot go on before this step's tokens are known to the host.
+        num_drafts: rows of guessed tokens (`speculation.DraftRow`).
     """
 
     rows: list[ScheduledRow] = field(default_factory=list)
     first_scheduled: list[Sequence] = field(default_factory=list)
     num_held: int = 0
+    num_drafts: int = 0
 
     @property
     def num_tokens(self) -> int:

@@ -68,12 +68,14 @@ class Backend(NamedTuple):
         unsupported: why it cannot do a request, or None.
         run: does it.
         pool: its layout of a pool on a platform, as jax.ShapeDtypeStruct.
+        rows_meet: whether a row sees what rows before it write, in the same step, into blocks of both.
     """
 
     platforms: tuple[str, ...]
     unsupported: Callable[[Request, str], str | None]
     run: Callable[[Request], tuple[jax.Array, jax.Array | QuantizedPool]]
     pool: Callable[[PoolShape, str], jax.Array | QuantizedPool]
+    rows_meet: bool = True
 
 
 def _struct(shape: tuple[int, ...], dtype: Any) -> Any:
@@ -185,7 +187,9 @@ def _run_reference(r: Request) -> tuple[jax.Array, jax.Array | QuantizedPool]:
 
 
 BACKENDS = {  # in order of preference
-    "pallas_tpu": Backend(("tpu",), _unsupported_by_pallas_tpu, _run_pallas_tpu, _pallas_tpu_pool),
+    "pallas_tpu": Backend(
+        ("tpu",), _unsupported_by_pallas_tpu, _run_pallas_tpu, _pallas_tpu_pool, rows_meet=False
+    ),
     "pallas_triton": Backend(("gpu",), _unsupported_by_pallas_triton, _run_pallas_triton, _plain_pool),
     "blocked": Backend(("cpu", "gpu", "tpu"), _unsupported_by_blocked, _run_blocked, _plain_pool),
     # gathers every token's whole context: memory for tests, not for serving

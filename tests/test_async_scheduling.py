@@ -118,6 +118,7 @@ def outputs_of(engine: Engine, requests: list[AddRequest]) -> dict[tuple[str, in
         {"num_blocks": 18},
         {"max_num_batched_tokens": 7, "max_num_seqs": 5},
         {"enable_prefix_caching": False},
+        {"async_scheduling": False, "num_blocks": 18, "max_num_seqs": 6},
     ],
     ids=str,
 )

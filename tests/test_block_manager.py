@@ -12,11 +12,14 @@ from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, precondition, rule
 
 from jaxserve.block_manager import NULL_BLOCK, BlockManager
-from jaxserve.config import SchedulerConfig
+from jaxserve.config import SchedulerConfig, SpeculativeConfig
 from jaxserve.sampling_params import SamplingParams
 from jaxserve.scheduler import Scheduler, StepPlan
 from jaxserve.sequence import Sequence, SequenceStatus
+from jaxserve.speculation import DraftRow, Speculation
+from jaxserve.step_inputs import StepShape
 from jaxserve.waiting_queue import urgency
+from tests.always_drafts import AlwaysDrafts
 
 BLOCK_SIZE = 4
 MAX_MODEL_LEN = 24
@@ -87,6 +90,17 @@ def run_step(scheduler: Scheduler, next_token: int = 1) -> StepPlan:
     return plan
 
 
+def always_drafting(scheduler: Scheduler) -> Speculation:
+    """Drafts of up to three tokens in steps of up to eight rows."""
+    config = SpeculativeConfig(
+        method="ngram", num_speculative_tokens=3, prompt_lookup_max=2, prompt_lookup_min=1
+    )
+    shapes = [StepShape(8, 8, MAX_MODEL_LEN // BLOCK_SIZE)]
+    speculation = Speculation(config, scheduler.config, scheduler.block_manager, shapes)
+    speculation.payoff = AlwaysDrafts(shapes)
+    return speculation
+
+
 class UnderWay(NamedTuple):
     """A step that the device has done, of which the host knows nothing yet: what its rows sampled."""
 
@@ -96,13 +110,14 @@ class UnderWay(NamedTuple):
 
 class EngineStates(RuleBasedStateMachine):
     """Random arrivals, steps and aborts against a pool that is much too small for them. Steps are decided before
-    and after the results of the one before are known."""
+    and after the results of the one before are known, with guessed tokens among them."""
 
     requests: Bundle[Sequence] = Bundle("requests")
 
     def __init__(self) -> None:
         super().__init__()
         self.scheduler = make_scheduler(long_prefill_token_threshold=3)
+        self.speculation = always_drafting(self.scheduler)
         self.count = 0
         self.written: dict[int, list[int | None]] = {}  # block → the token whose KV each slot holds
         self.under_way: deque[UnderWay] = deque()
@@ -145,19 +160,29 @@ class EngineStates(RuleBasedStateMachine):
         for row, token in zip(plan.rows, tokens, strict=True):
             if row.sequence.status is SequenceStatus.FINISHED:
                 continue
+            if isinstance(row, DraftRow) and not row.accept():
+                continue
             if row.samples:
                 row.sequence.append_token(token)
             if row.sequence.status is SequenceStatus.FINISHED:
                 self.scheduler.finish(row.sequence)
+        self.speculation.settle(plan, 1.0)
+        for s in {row.sequence for row in plan.rows if isinstance(row, DraftRow)}:
+            assert len(s.block_table) == -(-s.num_computed_tokens // BLOCK_SIZE), "a draft keeps a block"
 
     def begin(self, token: int) -> None:
         """Also plays the device: follows every write and copy, and checks that each row reads its own tokens."""
+        while self.under_way and self.under_way[-1].plan.num_drafts:
+            self.take_results()
         ran, waited = list(self.scheduler.running), list(self.scheduler.waiting)
         plan = self.scheduler.schedule()
         self.check_priorities(ran, waited)
+        num_preemptions = self.scheduler.num_preemptions
+        self.speculation.add_drafts(plan)
+        assert self.scheduler.num_preemptions == num_preemptions, "somebody made room for drafts"
         before = self.under_way[-1].tokens if self.under_way else []
         assert plan.num_tokens <= self.scheduler.config.max_num_batched_tokens
-        assert len({row.sequence for row in plan.rows}) == len(plan.rows)
+        assert len({row.sequence for row in plan.rows}) == len(plan.rows) - plan.num_drafts
         lengths = [row.num_tokens for row in plan.rows]
         assert all(lengths)
         assert sorted(lengths, key=lambda n: n > 1) == lengths
@@ -174,12 +199,11 @@ class EngineStates(RuleBasedStateMachine):
                 assert slot not in writes, "two rows write into one slot"
                 writes.add(slot)
                 known = self.written.setdefault(block, [None] * BLOCK_SIZE)
-                known[position % BLOCK_SIZE] = (
-                    s.token_ids[position] if position < len(s) else before[row.source_row]
-                )
+                (written,) = row.token_ids[position - row.start : position - row.start + 1]
+                known[position % BLOCK_SIZE] = written if written >= 0 else before[-1 - written]
         for row in plan.rows:
             s = row.sequence
-            assert row.end <= len(s) + 1
+            assert row.end <= len(s) + 1 or (isinstance(row, DraftRow) and row.end <= s.max_len - 1)
             assert row.end <= len(s) or not s.needs_values, "a token was needed and not there"
             for position in range(min(row.end, len(s))):
                 found = self.written[s.block_table[position // BLOCK_SIZE]][position % BLOCK_SIZE]

@@ -27,7 +27,7 @@ RANKS = [  # from the bottom up; modules of one rank do not import each other
     "constraints.json_schema constraints.grammar",
     "constraints.backends.llguidance constraints.backends.outlines constraints.backends.lm_format_enforcer",
     "constraints.compiler", "constraints.worker constraints.text_constraints",
-    "beams request_check",
+    "beams request_check speculation",
     "lockstep", "model_runner", "engine", "llm engine_server", "engine_client follower",
     "api", "api.errors api.fields api.auth api.cors api.field_texts api.tool_calls",
     "api.constraints api.http_server", "api.tools",

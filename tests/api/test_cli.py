@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import json
 import os
 import re
 import subprocess
@@ -23,6 +24,7 @@ PAGE = ROOT / "docs" / "flags.md"
 # flag and values → field → value; the field is the engine's where EngineConfig has it
 ADDRESS, TWO = ["--coordinator-address", "10.0.0.1:99"], ["--num-processes", "2"]
 SPLIT, SECOND = ["--tensor-parallel-size", "2"], ["--process-id", "1"]
+NGRAM = {"method": "ngram", "num_speculative_tokens": 7, "prompt_lookup_max": 4, "prompt_lookup_min": 2}
 SETTINGS: list[tuple[list[str], str, Any]] = [
     (["--tokenizer", "t"], "tokenizer", "t"),
     (["--served-model-name", "a"], "served_model_names", ("a",)),
@@ -96,6 +98,7 @@ SETTINGS: list[tuple[list[str], str, Any]] = [
     (["--profile-dir", "traces"], "profile_dir", "traces"),
     (["--async-scheduling"], "async_scheduling", True),
     (["--no-async-scheduling"], "async_scheduling", False),
+    (["--speculative-config", json.dumps(NGRAM)], "speculative_config", NGRAM),
 ]
 
 

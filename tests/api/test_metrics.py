@@ -34,6 +34,9 @@ SHARED_COUNTERS = (
     "generation_tokens",
     "prefix_cache_queries",
     "prefix_cache_hits",
+    "spec_decode_num_drafts",
+    "spec_decode_num_draft_tokens",
+    "spec_decode_num_accepted_tokens",
     "prompt_tokens_cached",
 )
 SHARED_HISTOGRAMS = (
@@ -199,7 +202,18 @@ def test_gauges_and_totals_are_the_engines_at_the_time_of_reading() -> None:
     stats = EngineStats(num_running=3)
     metrics = Metrics("m", lambda: stats)
     assert samples(metrics)[f"vllm:num_requests_running{M}"] == 3
-    stats = EngineStats(3, 4, 0.25, 5, 60, 40, 7)
+    stats = EngineStats(
+        3,
+        4,
+        0.25,
+        5,
+        60,
+        40,
+        7,
+        spec_decode_drafts=8,
+        spec_decode_draft_tokens=30,
+        spec_decode_accepted_tokens=20,
+    )
     found = samples(metrics)
     for name, value in (
         ("vllm:num_requests_waiting", 4),
@@ -209,6 +223,9 @@ def test_gauges_and_totals_are_the_engines_at_the_time_of_reading() -> None:
         ("vllm:prefix_cache_queries_total", 60),
         ("vllm:prefix_cache_hits_total", 40),
         ("jaxserve:xla_compilations_total", 7),
+        ("vllm:spec_decode_num_drafts_total", 8),
+        ("vllm:spec_decode_num_draft_tokens_total", 30),
+        ("vllm:spec_decode_num_accepted_tokens_total", 20),
     ):
         assert found[name + M] == value, name
 
