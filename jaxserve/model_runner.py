@@ -351,7 +351,7 @@ class ModelRunner:
             ],
             dict(zip(self._definition.names, self._definition.shapes, strict=True)),
             np.dtype(self.dtype),
-            lambda shard, _, array: jax.device_put(array, devices.devices[shard]),
+            devices.put_weight,
             quantized=[
                 name
                 for name, dtype in zip(self._definition.names, self._definition.dtypes, strict=True)
@@ -414,7 +414,7 @@ class ModelRunner:
         step = devices.spread(
             step, in_specs=(SHARDED, SHARDED, EVERYWHERE, EVERYWHERE), out_specs=(EVERYWHERE, SHARDED)
         )
-        leaves = devices.abstract_shards(self._definition.abstract())
+        leaves = devices.abstract_weights(self._definition.names, self._definition.abstract())
         pools = devices.abstract_shards(self._abstract_pools(num_blocks))
         packed = devices.abstract_everywhere(jax.ShapeDtypeStruct((shape.size,), jnp.int32))
         lowered = jax.jit(step, donate_argnums=1).lower(leaves, pools, self._slots.on_device(), packed)

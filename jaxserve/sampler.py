@@ -11,7 +11,10 @@ a few numbers, or their best candidates. [S, V] below means a chip's share of it
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import math
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +30,7 @@ NUM_BEAM_CANDIDATES = 256  # twice the widest beam search
 NO_TOKEN = -1  # sampled where no token is possible
 GROUP_SIZE = 128  # neighbouring tokens of which `top_few` first looks at the largest alone
 BISECTION_STEPS = 32  # one per bit of a float32
+ROW_GROUP = 64  # rows that [S, V] intermediates exist of at a time
 
 
 class SamplingInputs(NamedTuple):
@@ -81,27 +85,37 @@ def sample(
         processed_logprobs: report the distribution that was sampled from instead of the raw one; static.
     """
     S = logits.shape[0]
-    random = inputs.temperature >= GREEDY_EPSILON
     num_candidates = min(NUM_BEAM_CANDIDATES, vocab.size)
+    filters = _filters(inputs, vocab)
 
-    def draw() -> tuple[jax.Array, jax.Array, BeamCandidates]:
-        scaled, keep, candidates = _processed(logits, inputs, vocab, random, num_candidates)
-        drawn = jnp.where(random, _draw(scaled, keep, _uniforms(inputs), vocab), vocab.argmax(scaled))
-        possible = vocab.max(scaled)[:, 0] > -jnp.inf
-        return jnp.where(possible, drawn, NO_TOKEN), _masked(scaled, keep), candidates
+    def draw() -> tuple[jax.Array, jax.Array | None, BeamCandidates]:
+        scaled = logits / filters.temperature[:, None]
+        scaled = process_logits(scaled, logits, filters.temperature, inputs.processors, vocab)
 
-    def greedy() -> tuple[jax.Array, jax.Array, BeamCandidates]:
-        return vocab.argmax(logits), logits, _no_candidates(S, num_candidates)
+        def draw_rows(
+            scaled: jax.Array, logits: jax.Array, filters: _Filters
+        ) -> tuple[jax.Array, jax.Array | None, BeamCandidates]:
+            keep, candidates = _filtered(scaled, logits, filters, vocab, num_candidates)
+            drawn = _draw(scaled, keep, filters.uniform, vocab)
+            token_ids = jnp.where(filters.random, drawn, vocab.argmax(scaled))
+            possible = vocab.max(scaled)[:, 0] > -jnp.inf
+            # what a branch returns is copied: not [S, V] for nothing
+            reported = _masked(scaled, keep) if processed_logprobs else None
+            return jnp.where(possible, token_ids, NO_TOKEN), reported, candidates
 
-    wanted = jnp.any(random) | (inputs.processors.num_rows > 0)
-    if processed_logprobs:
-        token_ids, reported, candidates = lax.cond(wanted, draw, greedy)
-    else:  # what a branch returns is copied: not [S, V] for nothing
-        token_ids, candidates = lax.cond(wanted, lambda: draw()[::2], lambda: greedy()[::2])
-        reported = logits
+        return _by_row_groups(draw_rows, scaled, logits, filters)
+
+    def greedy() -> tuple[jax.Array, jax.Array | None, BeamCandidates]:
+        reported = logits if processed_logprobs else None
+        return vocab.argmax(logits), reported, _no_candidates(S, num_candidates)
+
+    wanted = jnp.any(filters.random) | (inputs.processors.num_rows > 0)
+    token_ids, processed, candidates = lax.cond(wanted, draw, greedy)
+    reported = logits if processed is None else processed
 
     def logprobs() -> tuple[jax.Array, ...]:
-        return logprobs_of(reported, jnp.maximum(token_ids, 0), vocab, max_logprobs)
+        rate = partial(logprobs_of, vocab=vocab, max_logprobs=max_logprobs)
+        return _by_row_groups(rate, reported, jnp.maximum(token_ids, 0))
 
     def no_logprobs() -> tuple[jax.Array, ...]:
         none = jnp.zeros((S, max_logprobs))
@@ -112,23 +126,61 @@ def sample(
     return SampleOutputs(token_ids, chosen, ranks, top_ids, top_logprobs, candidates)
 
 
+class _Filters(NamedTuple):
+    """What becomes of a row's scaled logits, [S] each. Greedy rows (not `random`) have temperature 1 and no filters.
+
+    Attributes:
+        top_k: V where it is off.
+        ranks: its candidates are wanted: it is a beam's.
+    """
+
+    temperature: jax.Array
+    top_p: jax.Array
+    min_p: jax.Array
+    top_k: jax.Array
+    random: jax.Array
+    uniform: jax.Array
+    ranks: jax.Array
+
+
+def _filters(inputs: SamplingInputs, vocab: VocabShard) -> _Filters:
+    random = inputs.temperature >= GREEDY_EPSILON
+    return _Filters(
+        temperature=jnp.where(random, inputs.temperature, 1.0),
+        top_p=jnp.where(random, inputs.top_p, 1.0),
+        min_p=jnp.where(random, inputs.min_p, 0.0),
+        top_k=jnp.where(random & (inputs.top_k > 0) & (inputs.top_k < vocab.size), inputs.top_k, vocab.size),
+        random=random,
+        uniform=_uniforms(inputs),
+        ranks=inputs.processors.normalize,
+    )
+
+
+def _by_row_groups(function: Callable[..., Any], *arrays: Any) -> Any:
+    """`function` of at most ROW_GROUP rows at a time, for arrays [S, …]: what it needs for itself is several times
+    [S, V], and all rows together would take that from the KV pool."""
+    S = jax.tree.leaves(arrays)[0].shape[0]
+    if S <= ROW_GROUP:
+        return function(*arrays)
+    rows = math.gcd(S, ROW_GROUP)
+    groups = jax.tree.map(lambda x: x.reshape(S // rows, rows, *x.shape[1:]), arrays)
+    out = lax.map(lambda group: function(*group), groups)
+    return jax.tree.map(lambda x: x.reshape(S, *x.shape[2:]), out)
+
+
 def _no_candidates(num_rows: int, count: int) -> BeamCandidates:
     none = jnp.full((num_rows, count), -jnp.inf)
     return BeamCandidates(jnp.zeros((num_rows, count), jnp.int32), none, none)
 
 
-def _processed(
-    logits: jax.Array, inputs: SamplingInputs, vocab: VocabShard, random: jax.Array, num_candidates: int
-) -> tuple[jax.Array, jax.Array, BeamCandidates]:
-    """Scaled logits and the mask of tokens that may be drawn, [S, V] each: processors, temperature, top-k, top-p,
-    min-p in this order. Greedy rows have temperature 1 and no filters."""
-    S, V = logits.shape[0], vocab.size
-    temperature = jnp.where(random, inputs.temperature, 1.0)
-    scaled = process_logits(logits / temperature[:, None], logits, temperature, inputs.processors, vocab)
-    top_k = jnp.where(random & (inputs.top_k > 0) & (inputs.top_k < V), inputs.top_k, V)
-    top_p = jnp.where(random, inputs.top_p, 1.0)
+def _filtered(
+    scaled: jax.Array, logits: jax.Array, filters: _Filters, vocab: VocabShard, num_candidates: int
+) -> tuple[jax.Array, BeamCandidates]:
+    """[S, V] mask of the tokens that may be drawn: top-k, top-p, min-p in this order; and the candidates of beams.
+    `scaled`: processed and divided by the temperature."""
+    V = vocab.size
     peak = vocab.max(scaled)
-    filtered = jnp.any((top_k < V) | (top_p < 1.0))
+    filtered = jnp.any((filters.top_k < V) | (filters.top_p < 1.0))
 
     def ranked() -> tuple[jax.Array, BeamCandidates]:
         # ties: lower id first. The barrier keeps XLA from merging it with slices of its results, of which it would make
@@ -136,7 +188,7 @@ def _processed(
         values, ids = lax.optimization_barrier(vocab.top_k(scaled, min(NUM_CANDIDATES, V)))
         keep = lax.cond(
             filtered,
-            lambda: _top_k_top_p_mask(scaled, values, ids, peak, top_k, top_p, vocab),
+            lambda: _top_k_top_p_mask(scaled, values, ids, peak, filters.top_k, filters.top_p, vocab),
             lambda: jnp.ones(scaled.shape, bool),
         )
         best = ids[:, :num_candidates]
@@ -144,12 +196,11 @@ def _processed(
         return keep, BeamCandidates(best.astype(jnp.int32), values[:, :num_candidates], raw)
 
     keep, candidates = lax.cond(
-        filtered | jnp.any(inputs.processors.normalize),
+        filtered | jnp.any(filters.ranks),
         ranked,
-        lambda: (jnp.ones(scaled.shape, bool), _no_candidates(S, num_candidates)),
+        lambda: (jnp.ones(scaled.shape, bool), _no_candidates(len(scaled), num_candidates)),
     )
-    min_p = jnp.where(random, inputs.min_p, 0.0)
-    return scaled, keep & (scaled >= peak + jnp.log(min_p)[:, None]), candidates
+    return keep & (scaled >= peak + jnp.log(filters.min_p)[:, None]), candidates
 
 
 def _masked(scaled: jax.Array, keep: jax.Array) -> jax.Array:

@@ -20,10 +20,12 @@ import jax.numpy as jnp
 import numpy as np
 import numpy.typing as npt
 from jax import lax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.experimental.layout import Format
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 
 from jaxserve.errors import ConfigError
 from jaxserve.models.config import ModelConfig
+from jaxserve.weight_layouts import weight_layout
 
 AXIS = "tp"
 VOCAB_ROWS = 128  # rows of the table [VOCAB_ROWS, columns] that the vocabulary is drawn from
@@ -252,6 +254,13 @@ class DeviceGroup:
             return self.put_shards([array])
         return self._assemble(array.shape, self._everywhere, [array] * len(self.local_shards))
 
+    def put_weight(self, shard: int, name: str, array: npt.NDArray[Any]) -> jax.Array:
+        """A parameter of a local chip's model, laid out as `weight_layout` says."""
+        sharding = SingleDeviceSharding(self.devices[shard])
+        layout = weight_layout(name, array.dtype, self.devices[shard].device_kind)
+        placed: jax.Array = jax.device_put(array, sharding if layout is None else Format(layout, sharding))
+        return placed
+
     def zeros(self, tree: Tree) -> Tree:
         """Arrays of zeros for a tree of a chip's shapes (ShapeDtypeStruct)."""
 
@@ -272,6 +281,21 @@ class DeviceGroup:
 
         widened: Tree = jax.tree.map(widen, tree)
         return widened
+
+    def abstract_weights(
+        self, names: Sequence[str], leaves: Sequence[jax.ShapeDtypeStruct]
+    ) -> list[jax.ShapeDtypeStruct]:
+        """Likewise for parameters, which lie as `put_weight` lays them."""
+        kind = self._devices[0].device_kind
+        sharding: Sharding = SingleDeviceSharding(self._devices[0]) if self.group.size == 1 else self._sharded
+
+        def with_layout(name: str, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+            layout = weight_layout(name, leaf.dtype, kind)
+            if layout is None:
+                return leaf
+            return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=Format(layout, sharding))
+
+        return [with_layout(*each) for each in zip(names, self.abstract_shards(list(leaves)), strict=True)]
 
     def abstract_everywhere(self, tree: Tree) -> Tree:
         """Likewise for arrays that are the same on every chip."""

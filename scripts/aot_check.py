@@ -48,7 +48,8 @@ def compile_for(program: Program, chip: str) -> Result:
     if program.num_devices == 1:
         sharding = SingleDeviceSharding(devices(chip)[0])
         arguments = jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), arguments
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding) if x.sharding is None else x,
+            arguments,
         )
         context = jax.sharding.use_abstract_mesh(abstract_mesh(chip))
     with context:
@@ -66,14 +67,22 @@ def compile_for(program: Program, chip: str) -> Result:
 
 def copied_argument(program: Program, hlo: str) -> str | None:
     """Type of a large argument that the compiled program copies within its main memory: a weight in a layout that it
-    does not like. (To bring one into vector memory, S(1), is to use it.)"""
+    does not like. (To bring one into vector memory, S(1), is to use it; so is a copy within a fusion, which goes no
+    further than that.)"""
     large = {
         f"{SHORT_NAMES[x.dtype.name]}[{','.join(map(str, x.shape))}]"
         for x in jax.tree.leaves(program.arguments)
         if num_bytes(x) >= LARGE_BYTES and x.dtype.name in SHORT_NAMES
     }
-    copies = re.findall(r"= (\w+\[[\d,]+\])(\S*) copy\(", hlo)
-    return next((shape for shape, layout in copies if shape in large and "S(" not in layout), None)
+    fusions = set(re.findall(r" fusion\(.*?, calls=%([\w.-]+)", hlo))
+    for computation in re.split(r"\n(?=%|ENTRY )", hlo):
+        name = re.match(r"(?:ENTRY )?%([\w.-]+) \(", computation)
+        if name is None or name[1] in fusions:
+            continue
+        for shape, layout in re.findall(r"= (\w+\[[\d,]+\])(\S*) copy\(", computation):
+            if shape in large and "S(" not in layout:
+                return str(shape)
+    return None
 
 
 def complaint(program: Program, result: Result) -> str | None:

@@ -197,7 +197,7 @@ def step_program(
     definition = ModelDefinition.of(
         lambda: Llama(config, dtype=weights, max_model_len=MAX_MODEL_LEN, group=group)
     )
-    leaves: list[Any] = [struct(shape, weights) for shape in definition.shapes]
+    leaves = definition.abstract()
     spec = KVCacheSpec.of(share, B, weights, platform, BACKENDS[platform])
     kv_cache_bytes = int(0.9 * memory) - RESERVED_BYTES - num_bytes(leaves)
     num_blocks = kv_cache_bytes // spec.bytes_per_block
@@ -234,7 +234,8 @@ def step_program(
     )
     everywhere: Any = (tables, struct((shape.size,), jnp.int32))
     arguments = (
-        *device_group.abstract_shards((leaves, pools)),
+        device_group.abstract_weights(definition.names, leaves),
+        device_group.abstract_shards(pools),
         *device_group.abstract_everywhere(everywhere),
     )
     return Program(name, spread, arguments, donated=1, num_devices=len(devices))

@@ -16,19 +16,31 @@ from typing import Any
 NUM_DEVICES = 8
 VOCAB_SIZE = 300  # no multiple of the number of devices
 MAX_TOKENS = 32
-KV_HEADS_AND_DEVICES = [(2, 1), (2, 2), (2, 4), (2, 8), (1, 1), (1, 8), (8, 1), (8, 4)]
+NUM_REQUESTS = {"none": 100, "int8": 50}
+CASES = [  # kv heads, devices, quantization
+    (2, 1, "none"), (2, 2, "none"), (2, 4, "none"), (2, 8, "none"), (1, 1, "none"), (1, 8, "none"), (8, 1, "none"),
+    (8, 4, "none"),
+    (8, 1, "int8"), (8, 2, "int8"), (8, 4, "int8"), (8, 8, "int8"),
+]  # fmt: skip
+
+
+def case_name(num_kv_heads: int, num_devices: int, quantization: str) -> str:
+    return f"{num_kv_heads} kv heads on {num_devices}, {quantization}"
 
 
 def write_config(directory: Path, num_kv_heads: int) -> str:
     """A model of random weights; its directory."""
     path = directory / f"{num_kv_heads} kv heads"
     path.mkdir(exist_ok=True)
+    # two heads on each of 8 devices: alone, XLA:CPU sums one in another order, and the last bit decides what int8 a
+    # number on the brink becomes
+    num_heads = 16 if num_kv_heads == 8 else 8
     config = {
         "architectures": ["LlamaForCausalLM"],
-        "hidden_size": 64,
-        "intermediate_size": 96,
+        "hidden_size": 8 * num_heads,
+        "intermediate_size": 12 * num_heads,
         "num_hidden_layers": 2,
-        "num_attention_heads": 8,
+        "num_attention_heads": num_heads,
         "num_key_value_heads": num_kv_heads,
         "vocab_size": VOCAB_SIZE,
         "max_position_embeddings": 128,
@@ -78,7 +90,10 @@ def mixed_params(rng: random.Random) -> dict[str, Any]:
 
 def main() -> None:
     os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={NUM_DEVICES}"
-    from jaxserve import LLM, SamplingParams, model_runner
+    from jax.experimental.layout import Layout
+
+    from jaxserve import LLM, SamplingParams, model_runner, sharding
+    from jaxserve.weight_layouts import VOCAB_TABLES
 
     # one program is enough: what differs between buckets is no matter of devices
     defaults = model_runner.PLATFORM_DEFAULTS["cpu"]
@@ -91,7 +106,10 @@ def main() -> None:
         prompts.append(rng.choice(prefixes)[: rng.randrange(41)] + own)
         params.append(SamplingParams(**mixed_params(rng), ignore_eos=True))
     results: dict[str, list[Any]] = {}
-    for num_kv_heads, num_devices in KV_HEADS_AND_DEVICES:
+    for num_kv_heads, num_devices, quantization in CASES:
+        # one device has a compiler's layouts, several those that some chip could want
+        by_columns = Layout((1, 0)) if num_devices > 1 else None
+        sharding.weight_layout = lambda name, *_, want=by_columns: want if name in VOCAB_TABLES else None  # type: ignore[misc]
         llm = LLM(
             write_config(Path(sys.argv[1]), num_kv_heads),
             skip_tokenizer=True,
@@ -103,9 +121,11 @@ def main() -> None:
             compilation_cache=False,
             tensor_parallel_size=num_devices,
             async_scheduling=num_devices > 1,
+            quantization=quantization,
         )
-        outputs = llm.generate(prompts, params)
-        results[f"{num_kv_heads} kv heads on {num_devices}"] = [
+        count = NUM_REQUESTS[quantization]
+        outputs = llm.generate(prompts[:count], params[:count])
+        results[case_name(num_kv_heads, num_devices, quantization)] = [
             {
                 "tokens": [output.token_ids for output in request.outputs],
                 "top_ids": [p.top_ids for output in request.outputs for p in output.logprobs],

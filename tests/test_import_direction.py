@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1] / "jaxserve"
 RANKS = [  # from the bottom up; modules of one rank do not import each other
-    "errors kernels kernels.metadata token_bound",
+    "errors kernels kernels.metadata token_bound weight_layouts",
     "config sampling_params kernels.reference",
     "kernels.pallas_tpu_layout", "kernels.pallas_tpu_common", "kernels.pallas_tpu_decode kernels.pallas_tpu_prefill",
     "constraints constraints.constraint constraints.backends", "constraints.backends.base",
@@ -40,7 +40,7 @@ RANKS = [  # from the bottom up; modules of one rank do not import each other
 RANK = {name: rank for rank, names in enumerate(RANKS) for name in names.split()}
 UPWARDS = {("tokenizer", "gguf_tokenizer")}  # deferred: only where a GGUF file is loaded
 JAX = ["models.layers", "models.llama", "kv_cache", "step", "sampler", "logits_processors", "slot_tables"]
-JAX += ["compilation", "model_runner", "sharding", "lockstep"]
+JAX += ["compilation", "model_runner", "sharding", "lockstep", "weight_layouts"]
 MODULES = {
     ".".join(p.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): p
     for p in sorted({*ROOT.rglob("*.py"), *(ROOT / "api").glob("*.py"), *(ROOT / "kernels").glob("*.py")})

@@ -128,13 +128,10 @@ def test_draws_only_and_all_of_the_allowed_tokens(
     assert drawn <= allowed
     if len(allowed) <= 8:
         assert drawn == allowed
-    scaled, keep, _ = sampler._processed(
-        jnp.asarray(logits[None], jnp.float32),
-        inputs_for(1, temperature=temperature, **settings),
-        VocabShard(vocab_size),
-        jnp.ones(1, bool),
-        1,
-    )
+    scaled = jnp.asarray(logits[None] / temperature, jnp.float32)
+    vocab = VocabShard(vocab_size)
+    row_filters = sampler._filters(inputs_for(1, temperature=temperature, **settings), vocab)
+    keep, _ = sampler._filtered(scaled, scaled, row_filters, vocab, 1)
     assert set(np.flatnonzero(np.asarray(keep)[0]).tolist()) == allowed
     assert np.isfinite(np.asarray(scaled)).all()
 
@@ -238,3 +235,23 @@ def test_sortable_integers_keep_the_order_of_floats(value: float) -> None:
     keys = np.asarray(sampler._sortable(jnp.asarray(around)))
     assert keys[0] < keys[1] < keys[2]
     assert np.asarray(sampler._from_sortable(jnp.asarray(keys))).tolist() == around.tolist()
+
+
+def test_more_rows_than_are_sampled_at_a_time_are_as_few(monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.RandomState(6)
+    rows, vocab_size = 72, 1100  # in groups of 8, of 64 and of 72
+    logits = rng.randn(rows, vocab_size) * 3
+    values: Any = {
+        "temperature": rng.choice([0.0, 0.7, 1.3], rows),
+        "top_k": rng.choice([0, 5, 40], rows),
+        "top_p": rng.choice([1.0, 0.8], rows),
+        "position": np.arange(rows),
+        "num_logprobs": rng.choice([-1, 3], rows),
+    }
+    in_groups = run(logits, inputs_for(rows, **values), processed=True)
+    first = run(logits[:64], inputs_for(64, **{k: v[:64] for k, v in values.items()}), processed=True)
+    jax.tree.map(lambda a, b: np.testing.assert_array_equal(a[:64], b), in_groups, first)
+    monkeypatch.setattr(sampler, "ROW_GROUP", rows)
+    jax.clear_caches()
+    at_once = run(logits, inputs_for(rows, **values), processed=True)
+    jax.tree.map(np.testing.assert_array_equal, in_groups, at_once)

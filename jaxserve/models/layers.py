@@ -33,22 +33,25 @@ class QuantizedRows(NamedTuple):
     scales: jax.Array
 
 
-def quantize_rows(x: jax.Array) -> QuantizedRows:
-    """[T, in]: the largest element of a row becomes ±127."""
+def quantize_rows(x: jax.Array, group: TensorParallel = ONE_CHIP) -> QuantizedRows:
+    """[T, in]: the largest element of a row becomes ±127; of the whole row, where chips have a share of it each."""
     x = x.astype(jnp.float32)
-    scales = jnp.max(jnp.abs(x), axis=-1, keepdims=True) / INT8_MAX
+    scales = group.max(jnp.max(jnp.abs(x), axis=-1, keepdims=True)) / INT8_MAX
     values = jnp.round(x / jnp.where(scales > 0, scales, 1.0))
     return QuantizedRows(values.astype(jnp.int8), scales)
 
 
-def matmul_int8(x: jax.Array | QuantizedRows, weight: jax.Array, scale: jax.Array) -> jax.Array:
-    """x [T, in] · (weight [out, in] int8 · scale [out]) → [T, out] float32."""
-    values, scales = x if isinstance(x, QuantizedRows) else quantize_rows(x)
+def matmul_int8(
+    x: jax.Array | QuantizedRows, weight: jax.Array, scale: jax.Array, group: TensorParallel = ONE_CHIP
+) -> jax.Array:
+    """x [T, in] · (weight [out, in] int8 · scale [out]) → [T, out] float32; `in` may be spread over the chips of a
+    group, whose sums are added up while they are integers, so that several chips give what one gives."""
+    values, scales = x if isinstance(x, QuantizedRows) else quantize_rows(x, group)
     T = values.shape[0]
     if T == 1:  # XLA:CPU has no fast product of one row; reading the weights bounds two rows as well
         values = jnp.broadcast_to(values, (2, values.shape[1]))
     sums = lax.dot_general(values, weight, CONTRACT_LAST, preferred_element_type=jnp.int32)[:T]
-    return sums.astype(jnp.float32) * (scales * scale)
+    return group.sum(sums).astype(jnp.float32) * (scales * scale)
 
 
 def matmul(x: jax.Array, weight: jax.Array) -> jax.Array:
@@ -85,17 +88,17 @@ class Linear(nnx.Module):
         self.bias = nnx.Param(jnp.zeros((out_features,), dtype)) if bias else None
 
     def __call__(self, x: jax.Array | QuantizedRows) -> jax.Array:
-        out = self.summed_over.sum(self.product(x))
+        out = self.product(x)
         if self.bias is not None:
             out += self.bias[...].astype(jnp.float32)
         return out
 
     def product(self, x: jax.Array | QuantizedRows) -> jax.Array:
-        """With a chip's share of the weight, without the bias. Only quantized weights take quantized inputs."""
+        """Without the bias. Only quantized weights take quantized inputs."""
         if self.scale is not None:
-            return matmul_int8(x, self.weight[...], self.scale[...])
+            return matmul_int8(x, self.weight[...], self.scale[...], self.summed_over)
         assert not isinstance(x, QuantizedRows)
-        return matmul(x, self.weight[...])
+        return self.summed_over.sum(matmul(x, self.weight[...]))
 
 
 class Embedding(nnx.Module):

@@ -194,8 +194,9 @@ class Llama(nnx.Module):
         if isinstance(layer, int):
             return part(self.layers[layer])(x)
         inputs: jax.Array | QuantizedRows = x
-        if part(self.layers[0]).scale is not None:
-            inputs = quantize_rows(x)  # once, not in every branch
+        first = part(self.layers[0])
+        if first.scale is not None:
+            inputs = quantize_rows(x, first.summed_over)  # once, not in every branch
         out: jax.Array = lax.switch(layer, [part(module) for module in self.layers], inputs)
         return out
 

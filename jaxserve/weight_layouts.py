@@ -1,0 +1,28 @@
+"""How weights lie in a device's memory, where the compiler's own choice would be copied in every step.
+
+What is said here comes from what XLA compiles for each chip; `scripts/aot_check` fails if it stops being true.
+"""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+from jax.experimental.layout import Layout
+
+ROW_MAJOR = (0, 1)
+VOCAB_TABLES = ("embed_tokens.weight", "lm_head.weight")
+
+
+def weight_layout(name: str, dtype: jnp.dtype, device_kind: str) -> Layout | None:
+    """Of a parameter of `Llama` on a device such as "TPU v4"; None: the compiler's choice.
+
+    A TPU's compiler lays an array out so that padding to whole tiles costs least, by columns where the number of
+    features is no multiple of 128. Rows of a table of embeddings are looked up, so the table would be turned around.
+    """
+    if not device_kind.startswith("TPU") or name not in VOCAB_TABLES:
+        return None
+    return Layout(ROW_MAJOR, tiling=_loop_tiling(dtype) if device_kind == "TPU7x" else None)
+
+
+def _loop_tiling(dtype: jnp.dtype) -> tuple[tuple[int, ...], ...] | None:
+    """Tiles in which TPU7x wants what a loop reads: the output layer, where prompts are rated."""
+    return ((16, 128), (2, 1)) if dtype == jnp.bfloat16 else None
