@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -206,9 +206,11 @@ class ModelRunner:
             self.limits = self._limits(num_blocks)
             self._pools = self.devices.zeros(self._abstract_pools(num_blocks))
             self._leaves = loading.result()
-            self._programs = {shape: program.result() for shape, program in programs.items()}
-            self._others.start_together(f"{self.model_config} {self.limits}")
-            for shape in self._programs:
+            if jax.process_count() > 1:  # none may wait within a program for another that still compiles
+                wait(programs.values())
+                self._others.start_together(f"{self.model_config} {self.limits}")
+            for shape, program in programs.items():
+                self._programs[shape] = program.result()
                 # the first run of a program pays for what later ones find ready
                 np.asarray(
                     self._execute(shape, np.zeros(shape.size, np.int32), self._slots.on_device()).sampled

@@ -30,6 +30,7 @@ NUM_BEAM_CANDIDATES = 256  # twice the widest beam search
 NO_TOKEN = -1  # sampled where no token is possible
 GROUP_SIZE = 128  # neighbouring tokens of which `top_few` first looks at the largest alone
 BISECTION_STEPS = 32  # one per bit of a float32
+SUM_GROUP = 32  # neighbours whose running sums are taken directly
 ROW_GROUP = 64  # rows that [S, V] intermediates exist of at a time
 
 
@@ -48,25 +49,19 @@ class SamplingInputs(NamedTuple):
     processors: ProcessorInputs
 
 
-class BeamCandidates(NamedTuple):
-    """The likeliest continuations of each row, [S, C] each, descending; meaningful in rows of beams. C is
-    NUM_BEAM_CANDIDATES, or V if that is less."""
-
-    token_ids: jax.Array
-    scores: jax.Array  # processed log-probabilities; −inf where there are no more
-    logprobs: jax.Array  # raw
-
-
 class SampleOutputs(NamedTuple):
-    """token_ids, logprobs, ranks: [S]; top_ids, top_logprobs: [S, L]. All but token_ids are meaningful
-    only in rows that asked for logprobs. A token id is NO_TOKEN where the masks leave none."""
+    """int32 throughout, floats as their bits: one array for all that a branch returns is one kernel to compile.
+
+    Attributes:
+        token_ids: [S]; NO_TOKEN where the masks leave none.
+        logprobs: [S, 2 + 2 · L] of `logprobs_of`; meaningful in rows that asked for logprobs.
+        candidates: [S, 3 · C]; the likeliest continuations of beams, descending: token ids, processed
+            log-probabilities (−inf where there are no more), raw ones. C is NUM_BEAM_CANDIDATES, or V if that is less.
+    """
 
     token_ids: jax.Array
     logprobs: jax.Array
-    ranks: jax.Array
-    top_ids: jax.Array
-    top_logprobs: jax.Array
-    candidates: BeamCandidates
+    candidates: jax.Array
 
 
 def sample(
@@ -88,13 +83,13 @@ def sample(
     num_candidates = min(NUM_BEAM_CANDIDATES, vocab.size)
     filters = _filters(inputs, vocab)
 
-    def draw() -> tuple[jax.Array, jax.Array | None, BeamCandidates]:
+    def draw() -> tuple[jax.Array, jax.Array | None, jax.Array]:
         scaled = logits / filters.temperature[:, None]
         scaled = process_logits(scaled, logits, filters.temperature, inputs.processors, vocab)
 
         def draw_rows(
             scaled: jax.Array, logits: jax.Array, filters: _Filters
-        ) -> tuple[jax.Array, jax.Array | None, BeamCandidates]:
+        ) -> tuple[jax.Array, jax.Array | None, jax.Array]:
             keep, candidates = _filtered(scaled, logits, filters, vocab, num_candidates)
             drawn = _draw(scaled, keep, filters.uniform, vocab)
             token_ids = jnp.where(filters.random, drawn, vocab.argmax(scaled))
@@ -105,25 +100,23 @@ def sample(
 
         return _by_row_groups(draw_rows, scaled, logits, filters)
 
-    def greedy() -> tuple[jax.Array, jax.Array | None, BeamCandidates]:
+    def greedy() -> tuple[jax.Array, jax.Array | None, jax.Array]:
         reported = logits if processed_logprobs else None
-        return vocab.argmax(logits), reported, _no_candidates(S, num_candidates)
+        return vocab.argmax(logits), reported, jnp.zeros((S, 3 * num_candidates), jnp.int32)
 
     wanted = jnp.any(filters.random) | (inputs.processors.num_rows > 0)
     token_ids, processed, candidates = lax.cond(wanted, draw, greedy)
     reported = logits if processed is None else processed
 
-    def logprobs() -> tuple[jax.Array, ...]:
+    def rated() -> jax.Array:
         rate = partial(logprobs_of, vocab=vocab, max_logprobs=max_logprobs)
         return _by_row_groups(rate, reported, jnp.maximum(token_ids, 0))
 
-    def no_logprobs() -> tuple[jax.Array, ...]:
-        none = jnp.zeros((S, max_logprobs))
-        return jnp.zeros(S), jnp.zeros(S, jnp.int32), none.astype(jnp.int32), none
+    def unrated() -> jax.Array:
+        return jnp.zeros((S, 2 + 2 * max_logprobs), jnp.int32)
 
-    wants_logprobs = jnp.any(inputs.num_logprobs >= 0)
-    chosen, ranks, top_ids, top_logprobs = lax.cond(wants_logprobs, logprobs, no_logprobs)
-    return SampleOutputs(token_ids, chosen, ranks, top_ids, top_logprobs, candidates)
+    logprobs = lax.cond(jnp.any(inputs.num_logprobs >= 0), rated, unrated)
+    return SampleOutputs(token_ids, logprobs, candidates)
 
 
 class _Filters(NamedTuple):
@@ -168,21 +161,16 @@ def _by_row_groups(function: Callable[..., Any], *arrays: Any) -> Any:
     return jax.tree.map(lambda x: x.reshape(S, *x.shape[2:]), out)
 
 
-def _no_candidates(num_rows: int, count: int) -> BeamCandidates:
-    none = jnp.full((num_rows, count), -jnp.inf)
-    return BeamCandidates(jnp.zeros((num_rows, count), jnp.int32), none, none)
-
-
 def _filtered(
     scaled: jax.Array, logits: jax.Array, filters: _Filters, vocab: VocabShard, num_candidates: int
-) -> tuple[jax.Array, BeamCandidates]:
+) -> tuple[jax.Array, jax.Array]:
     """[S, V] mask of the tokens that may be drawn: top-k, top-p, min-p in this order; and the candidates of beams.
     `scaled`: processed and divided by the temperature."""
     V = vocab.size
     peak = vocab.max(scaled)
     filtered = jnp.any((filters.top_k < V) | (filters.top_p < 1.0))
 
-    def ranked() -> tuple[jax.Array, BeamCandidates]:
+    def ranked() -> tuple[jax.Array, jax.Array]:
         # ties: lower id first. The barrier keeps XLA from merging it with slices of its results, of which it would make
         # a sort of the whole vocabulary (ten times as slow on CPU)
         values, ids = lax.optimization_barrier(vocab.top_k(scaled, min(NUM_CANDIDATES, V)))
@@ -193,12 +181,13 @@ def _filtered(
         )
         best = ids[:, :num_candidates]
         raw = vocab.take(logits, best) - vocab.logsumexp(logits)
-        return keep, BeamCandidates(best.astype(jnp.int32), values[:, :num_candidates], raw)
+        scores = values[:, :num_candidates]
+        return keep, jnp.concatenate([best.astype(jnp.int32), _bits(scores), _bits(raw)], axis=1)
 
     keep, candidates = lax.cond(
         filtered | jnp.any(filters.ranks),
         ranked,
-        lambda: (jnp.ones(scaled.shape, bool), _no_candidates(len(scaled), num_candidates)),
+        lambda: (jnp.ones(scaled.shape, bool), jnp.zeros((len(scaled), 3 * num_candidates), jnp.int32)),
     )
     return keep & (scaled >= peak + jnp.log(filters.min_p)[:, None]), candidates
 
@@ -219,7 +208,7 @@ def _top_k_top_p_mask(
     """[S, V] mask of the `top_k` likeliest tokens and, within them, of the smallest set of likeliest tokens
     with a mass of at least `top_p`; the lowest ids win a tie. `values` and `ids` are the largest of `scaled`."""
     V, num_candidates = vocab.size, values.shape[-1]
-    mass = jnp.cumsum(jnp.exp(values - peak), axis=-1)
+    mass = _running_sums(jnp.exp(values - peak))
     total = vocab.sum(jnp.exp(scaled - peak))[:, 0]
     within_k = jnp.take_along_axis(
         mass, jnp.minimum(top_k, num_candidates)[:, None] - 1, axis=-1, mode="promise_in_bounds"
@@ -306,7 +295,7 @@ def _draw(scaled: jax.Array, keep: jax.Array, uniforms: jax.Array, vocab: VocabS
     num_rows = VOCAB_ROWS if vocab.group.size == 1 else V // num_columns
     # token id = row * num_columns + column; summing over rows is the direction that vectorizes
     table = jnp.pad(weights, ((0, 0), (0, num_rows * num_columns - V))).reshape(S, num_rows, num_columns)
-    cumulative = jnp.cumsum(vocab.group.sum(jnp.sum(table, axis=1)), axis=-1)  # [S, columns]
+    cumulative = _running_sums(vocab.group.sum(jnp.sum(table, axis=1)))  # [S, columns]
     target = uniforms * cumulative[:, -1]
     column = count_true(cumulative <= target[:, None])
     column = jnp.minimum(column, num_columns - 1)
@@ -315,29 +304,45 @@ def _draw(scaled: jax.Array, keep: jax.Array, uniforms: jax.Array, vocab: VocabS
     )
     members = jnp.take_along_axis(table, column[:, None, None], axis=2)[:, :, 0]
     members = vocab.group.gather(members, axis=1)  # [S, rows of all chips]
-    within = jnp.cumsum(members, axis=-1)
+    within = _running_sums(members)
     row = count_true(within <= (target - before)[:, None])
     # the two sums round differently: never step past the last token that can be drawn
     last_row = members.shape[1] - 1 - jnp.argmax(members[:, ::-1] > 0, axis=-1)
     return (jnp.minimum(row, last_row) * num_columns + column).astype(jnp.int32)
 
 
-def logprobs_of(
-    logits: jax.Array, token_ids: jax.Array, vocab: VocabShard, max_logprobs: int
-) -> tuple[jax.Array, ...]:
-    """(logprob [S], rank [S], top ids [S, L], top logprobs [S, L]), natural logarithms of log_softmax."""
+def _running_sums(x: jax.Array) -> jax.Array:
+    """[S, n] → the sum of each element and those before it: within groups, then of the groups. Of `cumsum` XLA:CPU
+    makes a tree of windows, which takes long to compile."""
+    S, n = x.shape
+    num_groups = -(-n // SUM_GROUP)
+    table = jnp.pad(x, ((0, 0), (0, num_groups * SUM_GROUP - n))).reshape(S, num_groups, SUM_GROUP)
+    within = _sums_up_to(table, jnp.less_equal)
+    before = _sums_up_to(within[:, :, -1], jnp.less)
+    return (within + before[:, :, None]).reshape(S, -1)[:, :n]
+
+
+def _sums_up_to(x: jax.Array, counts: Callable[..., jax.Array]) -> jax.Array:
+    """[…, n]: element i is the sum of those elements j for which `counts(j, i)`."""
+    index = jnp.arange(x.shape[-1])
+    return jnp.sum(jnp.where(counts(index[:, None], index), x[..., None], 0.0), axis=-2)
+
+
+def logprobs_of(logits: jax.Array, token_ids: jax.Array, vocab: VocabShard, max_logprobs: int) -> jax.Array:
+    """[S, 2 + 2 · L] int32 of `token_ids` [S]: bits of the logprob (the natural logarithm of softmax), rank, the L
+    likeliest ids, bits of their logprobs."""
     normalizer = vocab.logsumexp(logits)
     chosen = vocab.take(logits, token_ids[:, None])
-    rank = 1 + vocab.count(logits > chosen)[:, 0]
+    rank = 1 + vocab.count(logits > chosen)
     k = min(max_logprobs, vocab.size)
     values, ids = vocab.top_k(logits, k, top_few)
     pad = ((0, 0), (0, max_logprobs - k))
-    return (
-        (chosen - normalizer)[:, 0],
-        rank,
-        jnp.pad(ids, pad),
-        jnp.pad(values - normalizer, pad, constant_values=-jnp.inf),
-    )
+    top = jnp.pad(values - normalizer, pad, constant_values=-jnp.inf)
+    return jnp.concatenate([_bits(chosen - normalizer), rank, jnp.pad(ids, pad), _bits(top)], axis=1)
+
+
+def _bits(floats: jax.Array) -> jax.Array:
+    return lax.bitcast_convert_type(floats, jnp.int32)
 
 
 def top_few(x: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:

@@ -119,11 +119,9 @@ def make_step(
             max_logprobs=max_logprobs,
             processed_logprobs=processed_logprobs,
         )
-        columns = jnp.stack([out.token_ids, _bits(out.logprobs), out.ranks], axis=1)
-        best = out.candidates
         outputs = StepOutputs(
-            sampled=jnp.concatenate([columns, out.top_ids, _bits(out.top_logprobs)], axis=1),
-            candidates=jnp.concatenate([best.token_ids, _bits(best.scores), _bits(best.logprobs)], axis=1),
+            sampled=jnp.concatenate([out.token_ids[:, None], out.logprobs], axis=1),
+            candidates=out.candidates,
             prompt=_prompt_logprobs(model, hidden, inputs, vocab, max_logprobs),
         )
         sampled = lax.dynamic_update_slice_in_dim(pools.sampled, out.token_ids, 0, axis=0)
@@ -180,8 +178,7 @@ def _prompt_logprobs(
         index = lax.dynamic_slice_in_dim(tokens, first, group)
         logits = vocab.mask_padding(model.logits(hidden[index]))
         group_targets = lax.dynamic_slice_in_dim(targets, first, group)
-        logprob, rank, ids, top = logprobs_of(logits, group_targets, vocab, max_logprobs)
-        rows = jnp.concatenate([_bits(logprob)[:, None], rank[:, None], ids, _bits(top)], axis=1)
+        rows = logprobs_of(logits, group_targets, vocab, max_logprobs)
         return lax.dynamic_update_slice_in_dim(out, rows, first, axis=0)
 
     return lax.fori_loop(0, (inputs["counts"][4] + group - 1) // group, rate, out)
@@ -267,7 +264,3 @@ def copy_blocks(pools: Pools, copies: jax.Array, num_copies: jax.Array, *, flatt
 
 def _floats(bits: jax.Array) -> jax.Array:
     return lax.bitcast_convert_type(bits, jnp.float32)
-
-
-def _bits(floats: jax.Array) -> jax.Array:
-    return lax.bitcast_convert_type(floats, jnp.int32)

@@ -26,6 +26,7 @@ from jaxserve import LLM, SamplingParams, sampler, step
 from jaxserve.constraints.constraint import CompiledConstraint, Constraint
 from jaxserve.messages import AbortRequest, AddRequest
 from jaxserve.sampler import SampleOutputs
+from jaxserve.sharding import VocabShard
 
 SCHEMA = {"type": "array", "items": {"type": "string"}, "minItems": 400}
 
@@ -110,12 +111,9 @@ def _greedy_only(model: str) -> LLM:
 
     def sample(logits: jax.Array, *_: Any, max_logprobs: int, **__: Any) -> SampleOutputs:
         S, V = logits.shape
-        number, top = jnp.zeros(S), jnp.zeros((S, max_logprobs))
-        none = jnp.zeros((S, min(sampler.NUM_BEAM_CANDIDATES, V)))
-        candidates = sampler.BeamCandidates(none.astype(jnp.int32), none, none)
-        return SampleOutputs(
-            sampler._argmax(logits), number, number.astype(jnp.int32), top.astype(jnp.int32), top, candidates
-        )
+        logprobs = jnp.zeros((S, 2 + 2 * max_logprobs), jnp.int32)
+        candidates = jnp.zeros((S, 3 * min(sampler.NUM_BEAM_CANDIDATES, V)), jnp.int32)
+        return SampleOutputs(VocabShard(V).argmax(logits), logprobs, candidates)
 
     def prompt_logprobs(*_: Any) -> jax.Array:
         return jnp.zeros((0, 2), jnp.int32)

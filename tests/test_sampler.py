@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +11,7 @@ import pytest
 
 from jaxserve import sampler
 from jaxserve.logits_processors import ProcessorInputs, SlotTables
-from jaxserve.sampler import SamplingInputs, sample
+from jaxserve.sampler import SampleOutputs, SamplingInputs, sample
 from jaxserve.sharding import VocabShard
 
 Array = np.ndarray
@@ -72,7 +72,25 @@ def run(logits: Array, inputs: SamplingInputs, *, max_logprobs: int = 5, process
         max_logprobs=max_logprobs,
         processed_logprobs=processed,
     )
-    return jax.tree.map(np.asarray, out)
+    return unpack(jax.tree.map(np.asarray, out), max_logprobs)
+
+
+class Sampled(NamedTuple):
+    """SampleOutputs, field by field."""
+
+    token_ids: Array
+    logprobs: Array
+    ranks: Array
+    top_ids: Array
+    top_logprobs: Array
+
+
+def unpack(out: SampleOutputs, max_logprobs: int) -> Sampled:
+    logprobs, ranks, top_ids, top_logprobs = np.split(out.logprobs, [1, 2, 2 + max_logprobs], axis=1)
+    floats = np.float32
+    return Sampled(
+        out.token_ids, logprobs[:, 0].view(floats), ranks[:, 0], top_ids, top_logprobs.view(floats)
+    )
 
 
 def allowed_tokens(logits: Array, *, temperature: float, top_k: int, top_p: float, min_p: float) -> set[int]:
