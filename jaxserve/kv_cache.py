@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxserve.errors import ConfigError
-from jaxserve.kernels.paged_attention import PoolShape, pool_struct
+from jaxserve.kernels.paged_attention import BACKENDS, PoolShape, pool_struct
 from jaxserve.kernels.reference import QuantizedPool
 from jaxserve.models.config import ModelConfig
 
@@ -64,10 +64,17 @@ class KVCacheSpec:
         )
         return pool
 
+    def reachable(self, num_blocks: int) -> int:
+        """So many blocks, or as many of them as attention reaches, whose kernels see all layers' as one array."""
+        pool = self.abstract(num_blocks)
+        L, N, *rest = (pool.values if isinstance(pool, QuantizedPool) else pool).shape
+        values = jax.ShapeDtypeStruct((N, L, *rest), self.dtype)
+        return BACKENDS[self.backend].reachable_blocks(values)
+
 
 def num_blocks_for(spec: KVCacheSpec, *, pool_bytes: int, max_useful_tokens: int) -> int:
-    """Blocks in a pool of `pool_bytes`, the null block included; not more than all sequences at their longest
-    (`max_useful_tokens`) could use.
+    """Blocks in a pool of `pool_bytes`, the null block included; not more than attention reaches or than all sequences
+    at their longest (`max_useful_tokens`) could use.
 
     Raises:
         ConfigError: there is no room at all.
@@ -80,7 +87,7 @@ def num_blocks_for(spec: KVCacheSpec, *, pool_bytes: int, max_useful_tokens: int
             f"{spec.block_size} tokens takes {spec.bytes_per_block / 2**20:,.1f} MiB. Raise "
             "--gpu-memory-utilization or --kv-cache-memory-bytes, or use a device with more memory."
         )
-    return num_blocks
+    return spec.reachable(num_blocks)
 
 
 def free_device_bytes(devices: Sequence[jax.Device], memory_utilization: float) -> int:

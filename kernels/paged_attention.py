@@ -60,6 +60,10 @@ class ServingShape(NamedTuple):
     soft_cap: float | None = None
 
 
+def _all_blocks(pool: jax.ShapeDtypeStruct) -> int:
+    return int(pool.shape[0])
+
+
 class Backend(NamedTuple):
     """One implementation.
 
@@ -68,6 +72,7 @@ class Backend(NamedTuple):
         unsupported: why it cannot do a request, or None.
         run: does it.
         pool: its layout of a pool on a platform, as jax.ShapeDtypeStruct.
+        reachable_blocks: how many of a pool's blocks it reaches, given its K and V, [N, …].
         rows_meet: whether a row sees what rows before it write, in the same step, into blocks of both.
     """
 
@@ -75,6 +80,7 @@ class Backend(NamedTuple):
     unsupported: Callable[[Request, str], str | None]
     run: Callable[[Request], tuple[jax.Array, jax.Array | QuantizedPool]]
     pool: Callable[[PoolShape, str], jax.Array | QuantizedPool]
+    reachable_blocks: Callable[[jax.ShapeDtypeStruct], int] = _all_blocks
     rows_meet: bool = True
 
 
@@ -126,6 +132,12 @@ def _unsupported_by_pallas_triton(request: Request, platform: str) -> str | None
     from jaxserve.kernels import pallas_triton
 
     return pallas_triton.unsupported(request.queries, request.kv_pool)
+
+
+def _reachable_by_pallas_triton(pool: jax.ShapeDtypeStruct) -> int:
+    from jaxserve.kernels import pallas_triton
+
+    return pallas_triton.reachable_blocks(pool)
 
 
 def _run_pallas_triton(r: Request) -> tuple[jax.Array, jax.Array | QuantizedPool]:
@@ -190,7 +202,13 @@ BACKENDS = {  # in order of preference
     "pallas_tpu": Backend(
         ("tpu",), _unsupported_by_pallas_tpu, _run_pallas_tpu, _pallas_tpu_pool, rows_meet=False
     ),
-    "pallas_triton": Backend(("gpu",), _unsupported_by_pallas_triton, _run_pallas_triton, _plain_pool),
+    "pallas_triton": Backend(
+        ("gpu",),
+        _unsupported_by_pallas_triton,
+        _run_pallas_triton,
+        _plain_pool,
+        _reachable_by_pallas_triton,
+    ),
     "blocked": Backend(("cpu", "gpu", "tpu"), _unsupported_by_blocked, _run_blocked, _plain_pool),
     # gathers every token's whole context: memory for tests, not for serving
     "reference": Backend((), _unsupported_by_reference, _run_reference, _plain_pool),

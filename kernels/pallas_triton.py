@@ -35,8 +35,8 @@ SPLIT_PROGRAMS = (
 MAX_SPLITS = 16
 POOL_DTYPES = ("bfloat16", "float16", "float32", "int8", "float8_e4m3fn")
 QUERY_DTYPES = ("bfloat16", "float16", "float32")
-MAX_OFFSET = 2**31  # of an element that a program of 32-bit offsets reaches
-WIDE_OFFSETS_BYTES = 2**32  # Pallas counts in 64 bits from here on
+NARROW_BYTES = 2**32  # Pallas counts offsets into an array in 32 bits up to here, in 64 bits beyond
+NARROW_ELEMENTS = 2**31  # what 32 bits count, of which one is a sign
 
 Ref = Any  # pallas' refs have no public type
 State = tuple[jax.Array, jax.Array, jax.Array]
@@ -117,10 +117,22 @@ def unsupported(queries: jax.Array, kv_pool: jax.Array | QuantizedPool) -> str |
         return f"{H} query heads are no multiple of {K} kv heads"
     if B not in (16, 32, 64, 128, 256):
         return f"block_size {B} is not one of 16, 32, 64, 128, 256"
-    size = math.prod(pool.shape)
-    if size > MAX_OFFSET and size * pool.dtype.itemsize <= WIDE_OFFSETS_BYTES:
-        return f"a layer's pool of {size:,} elements of one byte needs offsets that Pallas counts in 32 bits: use less"
+    reach = reachable_blocks(pool)
+    if reach < pool.shape[0]:
+        return (
+            f"of {pool.shape[0]:,} blocks of one-byte elements, Pallas' 32-bit offsets reach {reach:,}: use no more "
+            "than these, or more than 4 GiB"
+        )
     return None
+
+
+def reachable_blocks(pool: jax.Array | jax.ShapeDtypeStruct) -> int:
+    """How many blocks of a pool [N, …], of all layers or of one, the kernels' offsets reach: all, unless its elements
+    have one byte and take between 2 and 4 GiB."""
+    size = math.prod(pool.shape)
+    if size <= NARROW_ELEMENTS or size * pool.dtype.itemsize > NARROW_BYTES:
+        return int(pool.shape[0])
+    return NARROW_ELEMENTS // math.prod(pool.shape[1:])
 
 
 def make_plan(

@@ -15,19 +15,23 @@ except ImportError:  # not public in every version
 
 
 class TPU(NamedTuple):
-    """`memory`: what the compiler lets a program of one device use; of a v4 or v5p, that is half of the chip's."""
+    """`memory`: what the compiler lets a program of one device use; of a v4 or v5p, that is half of the chip's.
+    `slices`: names of a small slice and, where larger ones are compiled for, of that; with the number of devices.
+    `configuration`: how a chip's cores are used; JAX takes both of a v4 for one device, the compiler only if told."""
 
-    topology: str  # of the smallest slice
     memory: int
+    slices: dict[int, str]
+    configuration: str = "default"
 
 
 TPUS = {
-    "v4": TPU("v4:2x2x1", 16 << 30),
-    "v5e": TPU("v5e:2x2", 16 << 30),
-    "v5p": TPU("v5p:2x2x1", 47 << 30),
-    "v6e": TPU("v6e:2x2", 32 << 30),
-    "v7x": TPU("tpu7x:2x2x1", 96 << 30),
+    "v4": TPU(16 << 30, {4: "v4:2x2x1"}, "megacore"),
+    "v5e": TPU(16 << 30, {4: "v5e:2x2", 8: "v5e:2x4"}),
+    "v5p": TPU(47 << 30, {4: "v5p:2x2x1"}),
+    "v6e": TPU(32 << 30, {4: "v6e:2x2", 8: "v6e:2x4"}),
+    "v7x": TPU(96 << 30, {4: "tpu7x:2x2x1"}),
 }
+GPUS_IN_A_HOST = 4
 
 
 class GPU(NamedTuple):
@@ -70,18 +74,29 @@ def memory(chip: str) -> int:
     return TPUS[chip].memory if chip in TPUS else GPUS[chip].memory
 
 
+def max_devices(chip: str) -> int:
+    """How many of them a program can be split among here."""
+    return max(TPUS[chip].slices) if chip in TPUS else GPUS_IN_A_HOST
+
+
 @functools.cache
-def devices(chip: str) -> list[Any]:
-    """Chips as devices that one can compile for and not run on: a slice of TPUs, or one GPU. Not to be called first by
-    two threads at once."""
+def devices(chip: str, count: int = 1) -> list[Any]:
+    """Chips as devices that one can compile for and not run on: of a slice of TPUs, or of a host with GPUs."""
     if chip in TPUS:
-        slices = topologies.get_topology_desc(platform="tpu", topology_name=TPUS[chip].topology)
-        return list(slices.devices)
-    target = _target_config(GPUS[chip])
-    one = topologies.get_topology_desc(
-        platform="cuda", topology_name="", topology="1x1x1", target_config=target
+        size = min(size for size in TPUS[chip].slices if size >= count)
+        slice_ = topologies.get_topology_desc(
+            platform="tpu",
+            topology_name=TPUS[chip].slices[size],
+            chip_config_name=TPUS[chip].configuration,
+        )
+        return list(slice_.devices)[:count]
+    host = topologies.get_topology_desc(
+        platform="cuda",
+        topology_name="",
+        topology=f"1x1x{count}",
+        target_config=_target_config(GPUS[chip]),
     )
-    return list(one.devices)
+    return list(host.devices)
 
 
 def abstract_mesh(chip: str) -> AbstractMesh:

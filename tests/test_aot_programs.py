@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import pytest
 from jax.sharding import AbstractMesh
 
@@ -20,8 +21,15 @@ def programs(monkeypatch: pytest.MonkeyPatch) -> Any:
     import aot_programs
 
     yield aot_programs
-    for name in ("aot_programs", "aot_chips"):
+    for name in ("aot_check", "aot_programs", "aot_chips"):
         sys.modules.pop(name, None)
+
+
+@pytest.fixture
+def check(programs: Any) -> Any:
+    import aot_check
+
+    return aot_check
 
 
 def on(platform: str) -> Any:
@@ -34,25 +42,82 @@ def on(platform: str) -> Any:
 
 
 @pytest.mark.parametrize("platform", KINDS)
-@pytest.mark.parametrize("decode_only", [True, False])
-def test_a_step_returns_its_pools_as_it_took_them(programs: Any, platform: str, decode_only: bool) -> None:
-    model = programs.Model("SmolLM2-135M", programs.SMOLLM2_135M, 1)
-    program = programs.step_program(platform, jax.devices()[:1], 8 << 30, model, 128, decode_only=decode_only)
+@pytest.mark.parametrize(("decode_only", "quantized"), [(True, False), (False, False), (False, True)])
+def test_a_step_returns_its_pools_as_it_took_them(
+    programs: Any, platform: str, decode_only: bool, quantized: bool
+) -> None:
+    model = programs.Model("SmolLM2-135M", num_layers=1, quantized=quantized)
+    step = programs.Step(model=model, num_tokens=128, max_num_seqs=64, decode_only=decode_only)
+    program = step.program(platform, jax.devices()[:1], 8 << 30)
     with on(platform):
         outputs, pools = jax.eval_shape(program.function, *program.arguments)
     took = program.arguments[program.donated]
     assert jax.tree.map(lambda x: (x.shape, x.dtype), pools) == jax.tree.map(
         lambda x: (x.shape, x.dtype), took
     )
-    assert outputs.sampled.shape[0] == 64  # sequences at once, where there is little memory
+    assert outputs.sampled.shape[0] == 64
+    weights = {leaf.dtype.name for leaf in program.arguments[program.weights]}
+    assert weights == ({"int8", "float32", "bfloat16"} if quantized else {"bfloat16"})
 
 
 @pytest.mark.parametrize("platform", KINDS)
 def test_kernels_are_traced_for_their_own_layouts(programs: Any, platform: str) -> None:
     quick = list(programs.quick_kernels(platform))
-    assert len({program.name for program in quick}) == len(quick)
+    assert len({kernel.name for kernel in quick}) == len(quick)
     with on(platform):
-        for program in quick[:2]:
+        for kernel in quick[:2]:
+            program = kernel.program(platform, [], 0)
             out, pool = jax.eval_shape(program.function, *program.arguments)
             assert out.shape == program.arguments[0].shape
             assert pool.shape == program.arguments[3].shape
+
+
+def test_the_models_that_a_chip_has_room_for_are_compiled_with_all_their_layers(programs: Any) -> None:
+    def models(memory: int, num_devices: int) -> set[str]:
+        steps = list(programs.all_steps(memory, num_devices))
+        assert len({step.name for step in steps}) == len(steps)
+        return {str(step.model) for step in steps if step.model.num_layers is None}
+
+    small, llama = "SmolLM2-135M bfloat16 TP1", "Llama-3.1-8B"
+    eight = {f"{llama} int8 TP1", f"{llama} bfloat16 TP4", f"{llama} int8 TP4"}
+    assert models(16 << 30, 4) == {small, *eight}
+    assert models(16 << 30, 8) == {small, *eight, "Llama-3.3-70B int8 TP8"}
+    assert models(80 << 30, 1) == {small, f"{llama} bfloat16 TP1", f"{llama} int8 TP1"}
+
+
+HLO = """
+%fused (param.1: bf16[1536,1024]) -> bf16[1536,1024] {
+  %param.1 = bf16[1536,1024]{1,0} parameter(0)
+  ROOT %copy.1 = bf16[1536,1024]{0,1} copy(%param.1)
+}
+
+ENTRY %main (weight: bf16[1536,1024], x: bf16[16,1024]) -> bf16[16,1536] {
+  %weight = bf16[1536,1024]{1,0:T(8,128)(2,1)} parameter(0)
+  %x = bf16[16,1024]{1,0} parameter(1)
+  %copy.2 = bf16[16,1024]{0,1} copy(%x)
+  @
+  ROOT %fusion.9 = bf16[16,1536]{1,0} fusion(%weight, %copy.2), kind=kOutput, calls=%fused
+}
+"""
+
+
+@pytest.mark.parametrize(
+    ("instruction", "copied"),
+    [
+        ("%bitcast = bf16[1536,1024]{0,1} bitcast(%weight)", None),
+        ("%copy.3 = bf16[1536,1024]{1,0:T(8,128)(2,1)S(1)} copy(%weight)", None),
+        ("%copy.3 = bf16[1536,1024]{0,1:T(8,128)(2,1)} copy(%weight)", "[1536,1024]"),
+        ("%transpose = bf16[1024,1536]{1,0} transpose(%weight), dimensions={1,0}", "[1024,1536]"),
+        ("%convert = f32[1536,1024]{1,0} convert(%weight)", "[1536,1024]"),
+        ("%fusion = bf16[1536,1024]{0,1} fusion(%weight), kind=kLoop, calls=%fused", "[1536,1024]"),
+        (
+            "%fusion = (s32[2]{0}, bf16[1536,1024]{0,1}) fusion(%weight), kind=kLoop, calls=%fused",
+            "[1536,1024]",
+        ),
+        ("%fusion = bf16[16,1536]{1,0} fusion(%weight), kind=kLoop, calls=%fused", None),
+    ],
+)
+def test_a_copy_of_a_weight_is_noticed(check: Any, instruction: str, copied: str | None) -> None:
+    weights = [jax.ShapeDtypeStruct((2 * 1536, 1024), jnp.bfloat16)]  # of two devices
+    program = check.Program(lambda: None, (weights,), donated=0, weights=0, num_devices=2)
+    assert check.copied_weight(program, HLO.replace("@", instruction)) == copied

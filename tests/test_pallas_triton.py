@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 
 from jaxserve.kernels import pallas_triton
 from jaxserve.kernels.reference import QuantizedPool
+from jaxserve.kv_cache import KVCacheSpec, num_blocks_for
 from tests.attention_cases import Case, Variant, draw_case
 
 pytestmark = pytest.mark.heavy
@@ -177,7 +178,10 @@ def test_every_bit_pattern_of_float8_is_decoded() -> None:
         ({"H": 5}, "5 query heads are no multiple of 2 kv heads"),
         ({"pool": "int8"}, "a pool of int8 needs scales"),
         ({"q": "int8"}, "queries are int8"),
-        ({"N": 300_000, "pool": "int8", "scales": True}, "offsets that Pallas counts in 32 bits"),
+        (
+            {"N": 300_000, "pool": "int8", "scales": True},
+            "of 300,000 blocks of one-byte elements, Pallas' 32-bit offsets reach 262,144",
+        ),
     ],
     ids=str,
 )
@@ -189,3 +193,38 @@ def test_what_it_cannot_do_is_refused(changes: dict[str, Any], reason: str) -> N
         pool = QuantizedPool(pool, struct(pool.shape[:-1], jnp.float32))
     queries = struct((8, asked["H"], asked["D"]), jnp.dtype(asked["q"]))
     assert reason in (pallas_triton.unsupported(queries, pool) or "")
+
+
+@pytest.mark.parametrize(
+    ("gib", "dtype", "reached_gib"),
+    [
+        (1.9, "int8", 1.9),
+        (3.0, "int8", 2.0),
+        (4.5, "int8", 4.5),
+        (3.0, "bfloat16", 3.0),
+        (60.0, "bfloat16", 60.0),
+    ],
+)
+def test_a_pool_of_all_layers_is_never_larger_than_its_offsets(
+    gib: float, dtype: str, reached_gib: float
+) -> None:
+    """Llama-3.1-8B's, of which a kernel sees all layers as one array."""
+    kv_dtype = jnp.dtype(dtype)
+    spec = KVCacheSpec(
+        num_layers=32,
+        num_kv_heads=8,
+        head_dim=128,
+        block_size=32,
+        dtype=kv_dtype,
+        backend="pallas_triton",
+        platform="gpu",
+    )
+    values_bytes = 32 * 2 * 8 * 32 * 128 * kv_dtype.itemsize
+    num_blocks = int(gib * 2**30) // values_bytes
+    chosen = num_blocks_for(spec, pool_bytes=num_blocks * spec.bytes_per_block, max_useful_tokens=1 << 40)
+    assert chosen == int(reached_gib * 2**30) // values_bytes
+    flat: Any = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct((x.shape[0] * x.shape[1], *x.shape[2:]), x.dtype),
+        spec.abstract(chosen),
+    )
+    assert pallas_triton.unsupported(jax.ShapeDtypeStruct((8, 32, 128), jnp.bfloat16), flat) is None

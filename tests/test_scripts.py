@@ -78,6 +78,17 @@ class Environment:
         _, errors = process.communicate(timeout=LIMIT_S)
         return process.returncode, errors
 
+    def check_chips(self, **variables: str) -> tuple[int, str]:
+        """scripts/aot_check --quick; → exit status and stderr."""
+        result = subprocess.run(
+            [ROOT / "scripts" / "aot_check", "--quick"],
+            stderr=subprocess.PIPE,
+            text=True,
+            timeout=LIMIT_S,
+            env=self.variables | {"JAXSERVE_AOT_VENV": self.variables["JAXSERVE_VENV"]} | variables,
+        )
+        return result.returncode, result.stderr
+
     def notes(self) -> list[str]:
         """What was run since the last call."""
         lines = self._notes.read_text().splitlines() if self._notes.exists() else []
@@ -128,6 +139,16 @@ def test_an_installation_that_fails_shows_pips_words_and_is_tried_again(environm
     environment.notes()
     assert environment.serve()[0] == 0
     assert "-m pip install" in environment.notes()[0]
+
+
+def test_chips_are_not_taken_for_checked_where_there_are_no_compilers(environment: Environment) -> None:
+    status, errors = environment.check_chips(PIP_FAILS="1")
+    assert status == 1
+    assert errors.endswith(
+        "pip says why\naot_check: its compilers could not be installed, so nothing was checked.\n"
+    )
+    assert environment.check_chips()[0] == 0
+    assert environment.notes()[-1] == f"{ROOT}/scripts/aot_check.py --quick"
 
 
 @pytest.mark.parametrize(
