@@ -11,6 +11,7 @@ import itertools
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import msgspec
 
@@ -293,6 +294,11 @@ class Generation:
         self._priority = priority
         self._timeout_s = timeout_s
         self._deadline = arrived_at + timeout_s if timeout_s else None
+        self._timer: asyncio.TimerHandle | None = None
+        self._late = False
+        self._waiter: asyncio.Task[Any] | None = None  # whoever waits for the next step
+        self._num_unfinished = len(self._sequences)
+        self._num_prompt_tokens = sum(len(prompt.token_ids) for prompt in prompts)
         self._prompt_index: dict[str, int] = {}  # by engine id
         self._cached_tokens: dict[str, int] = {}
         self._prompt_logprobs: list[list[TopLogprobs]] = [[] for _ in prompts]
@@ -305,7 +311,7 @@ class Generation:
     def usage(self) -> Usage:
         """So far."""
         return Usage(
-            prompt_tokens=sum(len(prompt.token_ids) for prompt in self.prompts),
+            prompt_tokens=self._num_prompt_tokens,
             completion_tokens=sum(sequence.num_tokens for sequence in self._returned),
             cached_tokens=sum(self._cached_tokens.values()),
         )
@@ -313,7 +319,7 @@ class Generation:
     @property
     def finished(self) -> bool:
         """Whether every choice has its finish reason."""
-        return all(sequence.finished for sequence in self._sequences)
+        return self._num_unfinished == 0
 
     def start(self) -> None:
         """Hand all prompts to the engine.
@@ -330,6 +336,8 @@ class Generation:
             self._stream = aiter(streams[0])
         else:
             self._stream = self._merged = MergedStream(streams)
+        if self._deadline is not None:
+            self._timer = asyncio.get_running_loop().call_at(self._deadline, self._expire)
 
     def _add_request(self, engine_id: str, prompt: TokenizedPrompt) -> AddRequest:
         return AddRequest(
@@ -377,17 +385,33 @@ class Generation:
         yield [_whole(index, parts[sequence.index]) for index, sequence in enumerate(self._returned)]
 
     async def _next_step(self) -> list[SequenceOutput]:
+        """One timer serves the whole request: one a step would cost as much as all the rest of a wait."""
         assert self._stream is not None, "start comes first"
+        self._check_time()
+        self._waiter = asyncio.current_task()
         try:
-            async with asyncio.timeout_at(self._deadline):
-                return await anext(self._stream)
-        except TimeoutError as error:
-            raise request_timeout(f"The request took longer than {self._timeout_s:g} seconds.") from error
+            return await anext(self._stream)
+        except asyncio.CancelledError:
+            # as in asyncio.timeout: if somebody else has cancelled the task, too, that counts
+            if self._late and self._waiter is not None and self._waiter.uncancel() == 0:
+                self._check_time()
+            raise
         except StopAsyncIteration as error:
             raise self._failure("the engine ended the request before it was finished") from error
         except EngineError:
             self._failed = True
             raise
+        finally:
+            self._waiter = None
+
+    def _expire(self) -> None:
+        self._late = True
+        if self._waiter is not None:
+            self._waiter.cancel()
+
+    def _check_time(self) -> None:
+        if self._late:
+            raise request_timeout(f"The request took longer than {self._timeout_s:g} seconds.")
 
     def _advance(self, output: SequenceOutput, now: float) -> ChoiceDelta | None:
         prompt_index = self._prompt_index[output.request_id]
@@ -407,8 +431,12 @@ class Generation:
         self._clock.count(sequence.index, sequence.num_tokens - num_before, now)
         if delta is None:
             return None
-        if delta.finish_reason is not None and output.finish_reason is None:
-            self._engine.abort(output.request_id, [output.index])  # a stop string: the engine does not know
+        if delta.finish_reason is not None:
+            self._num_unfinished -= 1
+            if output.finish_reason is None:
+                self._engine.abort(
+                    output.request_id, [output.index]
+                )  # a stop string: the engine does not know
         if sequence.index not in self._begun:
             self._begun.add(sequence.index)
             delta.prompt_logprobs = self._logprobs_of_prompt(prompt_index)
@@ -431,6 +459,8 @@ class Generation:
         if self._closed:
             return
         self._closed = True
+        if self._timer is not None:
+            self._timer.cancel()
         self._abort_unfinished()
         if self._merged is not None:
             self._merged.close()

@@ -19,7 +19,9 @@ import h11
 from hypercorn.asyncio.tcp_server import TCPServer
 from hypercorn.asyncio.worker_context import WorkerContext
 from hypercorn.config import Config
-from hypercorn.events import Closed, Event
+from hypercorn.events import Closed, Event, RawData
+from hypercorn.protocol.events import Body, Response
+from hypercorn.protocol.events import Event as StreamEvent
 from hypercorn.protocol.h11 import H11Protocol
 from hypercorn.protocol.ws_stream import Handshake
 from hypercorn.utils import wrap_app
@@ -199,6 +201,7 @@ class _Connection(TCPServer):  # type: ignore[misc]
     def __init__(self, *args: object, stall_timeout_s: float) -> None:
         super().__init__(*args)
         self._stall_timeout_s = stall_timeout_s
+        self._is_tls = self.writer.get_extra_info("ssl_object") is not None
         self._lingering: asyncio.TimerHandle | None = None
 
     async def _read_data(self) -> None:
@@ -211,8 +214,24 @@ class _Connection(TCPServer):  # type: ignore[misc]
         if isinstance(event, Closed) and self.writer.can_write_eof() and not self.reader.at_eof():
             self._linger()
             return
+        if isinstance(event, RawData) and self._writes_at_once:
+            self.writer.write(event.data)
+            if self.writer.transport.get_write_buffer_size() == 0:
+                return  # the system has taken all of it: there is nothing to wait for, and nobody to watch
+            event = RawData(data=b"")
         with _StallWatch(self.writer.transport, self._stall_timeout_s):
             await super().protocol_send(event)
+
+    @property
+    def _writes_at_once(self) -> bool:
+        """Whether what is written now goes to the system, not behind something else. TLS has buffers of its own."""
+        transport = self.writer.transport
+        return (
+            not self._is_tls
+            and not self.send_lock.locked()
+            and not transport.is_closing()
+            and transport.get_write_buffer_size() == 0
+        )
 
     def _linger(self) -> None:
         """Say that nothing more will come, and read on until the client closes, too: closing with bytes of a
@@ -233,13 +252,28 @@ class _Connection(TCPServer):  # type: ignore[misc]
 
 
 class _Http1(H11Protocol):  # type: ignore[misc]
-    """Hypercorn's HTTP/1.1, whose own refusals have the envelope of all others and end the connection."""
+    """Hypercorn's HTTP/1.1, whose own refusals have the envelope of all others and end the connection, and whose chunks
+    cost little."""
+
+    _is_chunked = False  # the response under way
 
     @classmethod
     def instead_of(cls, other: H11Protocol) -> _Http1:
         """For the same connection, on which nothing has been read yet."""
         place = (other.app, other.config, other.context, other.task_group, other.connection_state)
         return cls(*place, other.ssl, other.client, other.server, other.send)
+
+    async def stream_send(self, event: StreamEvent) -> None:
+        if isinstance(event, Body) and self._is_chunked and self.connection.our_state is h11.SEND_BODY:
+            # as h11 would write it, whose state it does not change
+            await self.send(RawData(data=b"%x\r\n%b\r\n" % (len(event.data), event.data)))
+            return
+        if isinstance(event, Response):
+            has_length = any(name.lower() == b"content-length" for name, _ in event.headers)
+            self._is_chunked = (
+                event.status_code == 200 and not has_length and self.connection.their_http_version == b"1.1"
+            )
+        await super().stream_send(event)
 
     async def _create_stream(self, request: h11.Request) -> None:
         headers = {name: value.lower() for name, value in request.headers}

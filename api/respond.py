@@ -257,9 +257,8 @@ async def _events(
 
 
 def _step_events(generation: Generation, renderer: Renderer, deltas: Sequence[ChoiceDelta]) -> bytes:
-    usage = generation.usage
-    chunks = renderer.chunks(deltas, usage)
-    return chunks + renderer.last_chunks(usage) if generation.finished else chunks
+    chunks = renderer.chunks(deltas, generation.usage if renderer.shows_usage else None)
+    return chunks + renderer.last_chunks(generation.usage) if generation.finished else chunks
 
 
 def json_response(body: bytes) -> Response:

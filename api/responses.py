@@ -192,6 +192,7 @@ class Renderer(ABC):
 
     object_name: str
     chunk_object_name: str
+    _parses_text = False  # a choice's text is more than content
 
     def __init__(
         self,
@@ -208,6 +209,9 @@ class Renderer(ABC):
         self.token_string = TokenStrings(tokenizer, options.return_tokens_as_token_ids)
         self.states = [ChoiceState() for _ in range(len(prompts) * n)]
         self._chunk_prefix = b"data: " + orjson.dumps(self._envelope(self.chunk_object_name))[:-1]
+        self._text_chunks: dict[
+            int, tuple[bytes, bytes]
+        ] = {}  # by choice: what is around the text of a plain chunk
 
     # --- the whole response --------------------------------------------------------------------------------
 
@@ -233,15 +237,50 @@ class Renderer(ABC):
 
     # --- the stream ----------------------------------------------------------------------------------------
 
-    def chunks(self, deltas: Sequence[ChoiceDelta], usage: Usage) -> bytes:
-        """The events of one step, one after the other: each has one choice."""
-        suffix = self._chunk_suffix(usage)
+    @property
+    def shows_usage(self) -> bool:
+        """Whether every chunk does."""
+        return self.options.include_usage and self.options.continuous_usage_stats
+
+    def chunks(self, deltas: Sequence[ChoiceDelta], usage: Usage | None) -> bytes:
+        """The events of one step, one after the other: each has one choice.
+
+        Args:
+            usage: so far; it may be None unless `shows_usage`.
+        """
         written = bytearray()
         for delta in deltas:
+            if self._is_plain(delta):
+                before, behind = self._around_text(delta.index)
+                written += before + orjson.dumps(delta.text) + behind
+                continue
+            suffix = self._chunk_suffix(usage)
             for choice, extras in self._chunk_choices(self.states[delta.index], delta):
-                written += self._chunk_prefix + b',"choices":[' + orjson.dumps(choice) + b"]"
-                written += extras + suffix
+                written += self._chunk(choice, extras + suffix)
         return bytes(written)
+
+    def _is_plain(self, delta: ChoiceDelta) -> bool:
+        """Whether nothing but the text tells the delta's only chunk from others of its choice."""
+        shown = self.options
+        return (
+            delta.finish_reason is None
+            and self.states[delta.index].started
+            and shown.logprobs is None
+            and not (shown.return_token_ids or shown.continuous_usage_stats)
+            and not self._parses_text
+        )
+
+    def _around_text(self, index: int) -> tuple[bytes, bytes]:
+        """A plain chunk of the choice, cut in two where its text goes; rendered like any other, but only once."""
+        if index not in self._text_chunks:
+            mark = f"text {uuid4().hex}"
+            ((choice, extras),) = self._chunk_choices(self.states[index], ChoiceDelta(index, mark))
+            before, behind = self._chunk(choice, extras + self._chunk_suffix(None)).split(orjson.dumps(mark))
+            self._text_chunks[index] = before, behind
+        return self._text_chunks[index]
+
+    def _chunk(self, choice: Json, rest: bytes) -> bytes:
+        return self._chunk_prefix + b',"choices":[' + orjson.dumps(choice) + b"]" + rest
 
     def last_chunks(self, usage: Usage) -> bytes:
         """The usage, if asked for, and the end of the stream."""
@@ -250,10 +289,10 @@ class Renderer(ABC):
         final = orjson.dumps(usage_json(usage))
         return self._chunk_prefix + b',"choices":[],"usage":' + final + b"}\n\n" + DONE
 
-    def _chunk_suffix(self, usage: Usage) -> bytes:
+    def _chunk_suffix(self, usage: Usage | None) -> bytes:
         if not self.options.include_usage:
             return b"}\n\n"
-        if not self.options.continuous_usage_stats:
+        if usage is None or not self.shows_usage:
             return b',"usage":null}\n\n'
         return b',"usage":' + orjson.dumps(usage_json(usage)) + b"}\n\n"
 
@@ -468,6 +507,7 @@ class ChatRenderer(Renderer):
         super().__init__(head, tokenizer, prompts, n, options)
         self.role = role
         self._tools = tools
+        self._parses_text = tools is not None
         self._call_streams: dict[int, CallStream] = {}  # by choice
         self._sent_prompt_ids = False
         self._prompt_logprobs: list[Json | None] | None = None

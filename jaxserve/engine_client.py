@@ -94,8 +94,8 @@ class EngineClient(Protocol):
         ...
 
 
-class _Stream:
-    """One request's outputs on their way to its handler."""
+class OutputStream:
+    """One request's outputs on their way to its handler, the only one who reads them."""
 
     def __init__(self, request: AddRequest) -> None:
         params = request.params
@@ -104,9 +104,9 @@ class _Stream:
         self.waiting = True
         self._arrived: deque[list[SequenceOutput]] = deque()
         self._error: Exception | None = None
-        self._wake = asyncio.Event()
+        self._reader: asyncio.Future[None] | None = None  # set while it waits
 
-    def __aiter__(self) -> _Stream:
+    def __aiter__(self) -> OutputStream:
         return self
 
     async def __anext__(self) -> list[SequenceOutput]:
@@ -115,8 +115,8 @@ class _Stream:
                 raise self._error
             if not self.live:
                 raise StopAsyncIteration
-            self._wake.clear()
-            await self._wake.wait()
+            self._reader = asyncio.get_running_loop().create_future()
+            await self._reader
         return self._arrived.popleft()
 
     def put(self, outputs: list[SequenceOutput]) -> None:
@@ -124,18 +124,24 @@ class _Stream:
         wanted = [output for output in outputs if output.index in self.live]
         if wanted:
             self._arrived.append(wanted)
-            self.end({output.index for output in wanted if output.finish_reason is not None})
-            self._wake.set()
+            for output in wanted:
+                if output.finish_reason is not None:
+                    self.live.discard(output.index)
+            self._wake()
 
     def end(self, indices: set[int]) -> None:
         self.live -= indices
         if not self.live:
-            self._wake.set()
+            self._wake()
 
     def fail(self, error: Exception) -> None:
         self.live.clear()
         self._error = error
-        self._wake.set()
+        self._wake()
+
+    def _wake(self) -> None:
+        if self._reader is not None and not self._reader.done():
+            self._reader.set_result(None)
 
 
 class SocketEngineClient:
@@ -159,7 +165,7 @@ class SocketEngineClient:
         self._stall_limit_s = stall_limit_s
         self._on_step = on_step
         self._command = command
-        self._streams: dict[str, _Stream] = {}
+        self._streams: dict[str, OutputStream] = {}
         self._info: EngineInfo | None = None
         self._stats = EngineStats()
         self._dead = False
@@ -206,7 +212,7 @@ class SocketEngineClient:
         self.check_serving()
         if not self._streams:
             self._last_word = time.monotonic()  # an idle engine says nothing, and need not
-        stream = self._streams[request.request_id] = _Stream(request)
+        stream = self._streams[request.request_id] = OutputStream(request)
         self._send(request)
         return stream
 

@@ -13,7 +13,6 @@ import json
 import pstats
 import sys
 import time
-from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
 
 from jaxserve.api.admission import Admission
@@ -25,7 +24,7 @@ from jaxserve.chat_template import load_chat_template
 from jaxserve.config import EngineConfig, ServerConfig
 from jaxserve.constraints.worker import ConstraintWorker
 from jaxserve.demo_model import fetch_demo_model
-from jaxserve.engine_client import EngineLoad, RequestStream
+from jaxserve.engine_client import EngineLoad, OutputStream, RequestStream
 from jaxserve.generation_config import GenerationDefaults
 from jaxserve.messages import AddRequest, EngineInfo, EngineStats, SequenceOutput
 from jaxserve.tokenizer import load_tokenizer
@@ -50,13 +49,18 @@ class FreeEngine:
         )
         self.stats = EngineStats()
         self.load = EngineLoad()
-        self._step: asyncio.Future[None] | None = None
+        self._running: dict[str, _Running] = {}
+        self._stepping = False
 
     def check_serving(self) -> None:
         """It always does."""
 
     def submit(self, request: AddRequest) -> RequestStream:
-        return self._stream(request)
+        running = self._running[request.request_id] = _Running(request)
+        if not self._stepping:
+            self._stepping = True
+            asyncio.get_running_loop().call_soon(self._step)
+        return running.stream
 
     def abort(self, request_id: str, indices: list[int] | None = None) -> None:
         """A stream that nobody reads costs nothing."""
@@ -64,23 +68,31 @@ class FreeEngine:
     async def profile(self, *, running: bool) -> None:
         """Nothing runs here."""
 
-    async def _stream(self, request: AddRequest) -> AsyncIterator[list[SequenceOutput]]:
-        last = request.params.max_tokens - 1
-        for i in range(last + 1):
-            await self._next_step()
-            reason = "length" if i == last else None
-            yield [SequenceOutput(request.request_id, 0, [1000 + i % 2000], finish_reason=reason)]
+    def _step(self) -> None:
+        """The next one comes in the loop's next turn, behind all who have been woken by this one."""
+        for request_id, running in list(self._running.items()):
+            if not running.advance():
+                del self._running[request_id]
+        self._stepping = bool(self._running)
+        if self._stepping:
+            asyncio.get_running_loop().call_soon(self._step)
 
-    async def _next_step(self) -> None:
-        if self._step is None:
-            self._step = asyncio.get_running_loop().create_future()
-            asyncio.get_running_loop().call_later(0.0, self._end_step)
-        await asyncio.shield(self._step)
 
-    def _end_step(self) -> None:
-        assert self._step is not None
-        self._step.set_result(None)
-        self._step = None
+class _Running:
+    """A request, whose stream is that of the real client."""
+
+    def __init__(self, request: AddRequest) -> None:
+        self.stream = OutputStream(request)
+        self._request_id = request.request_id
+        self._num_left = request.params.max_tokens
+
+    def advance(self) -> bool:
+        """Give it a token; whether more are to come."""
+        self._num_left -= 1
+        reason = None if self._num_left else "length"
+        token_id = 1000 + self._num_left % 2000
+        self.stream.put([SequenceOutput(self._request_id, 0, [token_id], finish_reason=reason)])
+        return self._num_left > 0
 
 
 CLIENT = """

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -234,6 +235,20 @@ def test_token_ids_travel_in_every_chunk_and_prompt_ids_in_the_first(tokenizer: 
     assert (first["choices"][0]["token_ids"], first["choices"][0]["prompt_token_ids"]) == ([65], [1, 2, 3])
     (second,) = events(completion.chunks([ChoiceDelta(0, "b", [66])], USAGE))
     assert "prompt_token_ids" not in second["choices"][0]
+
+
+@pytest.mark.parametrize("make", [chat_renderer, completion_renderer])
+@pytest.mark.parametrize("include_usage", [True, False])
+def test_chunks_with_nothing_but_text_are_rendered_like_all_others(
+    tokenizer: Tokenizer, make: Callable[..., Renderer], include_usage: bool
+) -> None:
+    renderer, other = (make(tokenizer, include_usage=include_usage) for _ in range(2))
+    other._parses_text = True  # it takes no short cut
+    for text in ("a", "b", '"\\\n\u2028\x00😀', "", "%s{}"):
+        deltas = [ChoiceDelta(0, text, [65])]
+        assert renderer.chunks(deltas, None) == other.chunks(deltas, USAGE)
+    ended = [ChoiceDelta(0, "z", [66], finish_reason="stop")]
+    assert renderer.chunks(ended, None) == other.chunks(ended, USAGE)
 
 
 def test_text_is_valid_json_whatever_is_in_it(tokenizer: Tokenizer) -> None:

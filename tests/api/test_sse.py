@@ -88,6 +88,39 @@ async def test_a_stream_has_its_headers_and_one_write_a_step(
         ]
 
 
+async def test_a_client_of_an_older_http_gets_the_stream_without_chunks(
+    tokenizer: Tokenizer, engine: FakeEngineClient
+) -> None:
+    async with (
+        serving(make_context(tokenizer, engine, port=0)) as server,
+        connection(server) as (reader, writer),
+    ):
+        writer.write(post(STREAM).replace(b"HTTP/1.1", b"HTTP/1.0"))
+        request = await submitted(engine)
+        engine.emit(token(request, "a"))
+        await reader.readuntil(b"\r\n\r\n")
+        assert (await reader.readline()).startswith(b"data: {")
+        engine.emit(token(request, "b", finish_reason="length"))
+        assert (await reader.read()).endswith(b"}\n\ndata: [DONE]\n\n")
+
+
+async def test_streams_follow_one_another_on_a_connection(
+    tokenizer: Tokenizer, engine: FakeEngineClient
+) -> None:
+    async with (
+        serving(make_context(tokenizer, engine, port=0)) as server,
+        connection(server) as (reader, writer),
+    ):
+        for text in "abc":
+            writer.write(post(STREAM))
+            await until(lambda: bool(engine.live))
+            engine.emit(token(engine.submitted[-1], text), token(engine.submitted[-1], text))
+            engine.emit(token(engine.submitted[-1], finish_reason="length"))
+            assert f'"text":"{text}"'.encode() in await reader.readuntil(b"data: [DONE]\n\n\r\n0\r\n\r\n")
+            writer.write(b"GET /v1/models HTTP/1.1\r\nHost: x\r\n\r\n")
+            assert (await read_response(reader)).status == 200
+
+
 @pytest.mark.parametrize("streamed", [True, False], ids=["stream", "whole"])
 @pytest.mark.parametrize("begun", [True, False], ids=["in decode", "in the queue"])
 @pytest.mark.parametrize("how", ["close", "reset", "half-close"])
