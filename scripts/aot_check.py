@@ -79,9 +79,14 @@ def complaint(program: Program, says: jax.stages.CompiledMemoryStats, hlo: str, 
         return f"the pool of {pool:,} B is copied: only {says.alias_size_in_bytes:,} B are updated in place"
     if says.temp_size_in_bytes > MAX_TEMP_SHARE * pool:
         return f"{says.temp_size_in_bytes:,} B of temporaries are more than {MAX_TEMP_SHARE:.0%} of the pool"
-    outputs = says.output_size_in_bytes - says.alias_size_in_bytes
     needed = sum(
-        (says.argument_size_in_bytes, outputs, says.temp_size_in_bytes, says.generated_code_size_in_bytes)
+        (
+            program.other_bytes,
+            says.argument_size_in_bytes,
+            says.output_size_in_bytes - says.alias_size_in_bytes,
+            says.temp_size_in_bytes,
+            says.generated_code_size_in_bytes,
+        )
     )
     if needed > memory:
         return f"it needs {needed:,} B and the device has {memory:,} B"
@@ -115,9 +120,13 @@ def copied_weight(program: Program, hlo: str) -> str | None:
     return None
 
 
-def cases_for(chip: str, *, quick: bool) -> Iterator[Kernel | Step]:
-    yield from (quick_kernels if quick else all_kernels)(platform(chip))
-    yield from quick_steps() if quick else all_steps(memory(chip), max_devices(chip))
+def cases_for(chip: str, *, quick: bool, num_layers: int | None) -> Iterator[Kernel | Step]:
+    if quick:
+        yield from quick_kernels(platform(chip))
+        yield from quick_steps(memory(chip))
+    else:
+        yield from all_kernels(platform(chip))
+        yield from all_steps(memory(chip), max_devices(chip), num_layers)
 
 
 def main() -> int:
@@ -125,6 +134,12 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="every chip, but only the most telling programs")
     parser.add_argument("--chip", action="append", choices=CHIPS, help="only this one; may be repeated")
     parser.add_argument("--match", default="", metavar="TEXT", help="only programs with TEXT in their name")
+    parser.add_argument(
+        "--layers",
+        type=int,
+        metavar="N",
+        help="without --quick: cut models to N layers, which others repeat; pools stay as large as if they were whole",
+    )
     parser.add_argument(
         "--processes",
         type=int,
@@ -135,7 +150,7 @@ def main() -> int:
     jobs = [
         (case, chip)
         for chip in args.chip or CHIPS
-        for case in cases_for(chip, quick=args.quick)
+        for case in dict.fromkeys(cases_for(chip, quick=args.quick, num_layers=args.layers))
         if args.match in case.name
     ]
     if not jobs:

@@ -14,8 +14,13 @@ except ImportError:  # not public in every version
     from jax._src.mesh import AbstractDevice
 
 
+def gib(number: float) -> int:
+    """Bytes."""
+    return int(number * 2**30)
+
+
 class TPU(NamedTuple):
-    """`memory`: what the compiler lets a program of one device use; of a v4 or v5p, that is half of the chip's.
+    """`memory`: what the compiler lets a program of one device use, as it says when it is too little.
     `slices`: names of a small slice and, where larger ones are compiled for, of that; with the number of devices.
     `configuration`: how a chip's cores are used; JAX takes both of a v4 for one device, the compiler only if told."""
 
@@ -25,11 +30,11 @@ class TPU(NamedTuple):
 
 
 TPUS = {
-    "v4": TPU(16 << 30, {4: "v4:2x2x1"}, "megacore"),
-    "v5e": TPU(16 << 30, {4: "v5e:2x2", 8: "v5e:2x4"}),
-    "v5p": TPU(47 << 30, {4: "v5p:2x2x1"}),
-    "v6e": TPU(32 << 30, {4: "v6e:2x2", 8: "v6e:2x4"}),
-    "v7x": TPU(96 << 30, {4: "tpu7x:2x2x1"}),
+    "v4": TPU(gib(30.75), {4: "v4:2x2x1"}, "megacore"),
+    "v5e": TPU(gib(15.75), {4: "v5e:2x2", 8: "v5e:2x4"}),
+    "v5p": TPU(gib(95.74), {4: "v5p:2x2x1"}),
+    "v6e": TPU(gib(31.25), {4: "v6e:2x2", 8: "v6e:2x4"}),
+    "v7x": TPU(gib(94.75), {4: "tpu7x:2x2x1"}),
 }
 GPUS_IN_A_HOST = 4
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import jax
@@ -35,6 +35,7 @@ USEFUL_POOL_BYTES = 2 << 30  # the least that a model is served with
 MEMORY_UTILIZATION = 0.9  # the engine's default
 RESERVED_BYTES = 1 << 30  # of a device, for programs and temporaries
 WEIGHTS = jnp.dtype("bfloat16")  # but for the quantized ones
+QUICK_LAYERS = 2
 MAX_MODEL_LEN = 8192
 
 SMOLLM2_135M = {
@@ -77,6 +78,7 @@ class Program(NamedTuple):
         donated: which argument is the pool, to be updated in place.
         weights: which argument is the weights, to be read where they are; None: there are none.
         num_devices: that share it; arguments of more than one know where they lie.
+        other_bytes: of a device's memory, for what is served but left out here.
     """
 
     function: Callable[..., Any]
@@ -84,6 +86,7 @@ class Program(NamedTuple):
     donated: int
     weights: int | None = None
     num_devices: int = 1
+    other_bytes: int = 0
 
 
 def num_bytes(tree: Any) -> int:
@@ -208,32 +211,42 @@ class Model:
 
     Attributes:
         name: in MODELS.
-        num_layers: so many of its own; they are unrolled, so that fewer are only fewer. None: all.
         quantized: whether weights are int8, else bfloat16.
         num_devices: among which it is split.
+        num_layers: so many of its own; they are unrolled, so that the others would only be more of the same. None: all.
     """
 
     name: str
-    num_layers: int | None = None
     quantized: bool = False
     num_devices: int = 1
+    num_layers: int | None = None
 
     def __str__(self) -> str:
-        layers = "" if self.num_layers is None else f" ({self.num_layers} of {self._whole} layers)"
+        layers = "" if self.num_layers is None else f" ({self.num_layers} of {self._all_layers} layers)"
         return f"{self.name}{layers} {'int8' if self.quantized else 'bfloat16'} TP{self.num_devices}"
 
     @property
-    def _whole(self) -> int:
+    def _all_layers(self) -> int:
         return int(MODELS[self.name]["num_hidden_layers"])
 
     @property
     def config(self) -> ModelConfig:
-        return ModelConfig.from_hf(MODELS[self.name] | {"num_hidden_layers": self.num_layers or self._whole})
+        num_layers = self.num_layers or self._all_layers
+        return ModelConfig.from_hf(MODELS[self.name] | {"num_hidden_layers": num_layers})
+
+    @property
+    def weight_bytes(self) -> int:
+        """Of a device's share, of as many layers as there are here."""
+        return num_bytes(definition_of(self).abstract())
+
+    @property
+    def other_bytes(self) -> int:
+        """Of a device's share of the other layers."""
+        return replace(self, num_layers=None).weight_bytes - self.weight_bytes
 
     def pool_bytes(self, memory: int) -> int:
-        """What a device of so much memory has for its share of the KV pool."""
-        weights = num_bytes(definition_of(self).abstract())
-        return int(MEMORY_UTILIZATION * memory) - RESERVED_BYTES - weights
+        """What a device of so much memory has for its share of the KV pool, beside all layers."""
+        return int(MEMORY_UTILIZATION * memory) - RESERVED_BYTES - self.weight_bytes - self.other_bytes
 
 
 @functools.cache
@@ -317,28 +330,47 @@ class Step:
             device_group.abstract_shards(pools),
             *device_group.abstract_everywhere(everywhere),
         )
-        return Program(spread, arguments, donated=1, weights=0, num_devices=len(devices))
+        return Program(
+            spread,
+            arguments,
+            donated=1,
+            weights=0,
+            num_devices=len(devices),
+            other_bytes=self.model.other_bytes,
+        )
 
 
-def quick_steps() -> Iterator[Step]:
+def quick_steps(memory: int) -> Iterator[Step]:
     """The smallest program of a small model and the largest of a large one, each cut to a few layers."""
-    yield Step(model=Model("SmolLM2-135M", num_layers=4), num_tokens=16, decode_only=True)
-    yield Step(model=Model("Llama-3.1-8B", num_layers=4), num_tokens=2048)
+    small, *large = (
+        Model(name, quantized, num_layers=QUICK_LAYERS)
+        for name, quantized in (("SmolLM2-135M", False), ("Llama-3.1-8B", False), ("Llama-3.1-8B", True))
+    )
+    yield Step(model=small, num_tokens=16, decode_only=True)
+    *_, largest = _steps(
+        next(model for model in large if model.pool_bytes(memory) >= USEFUL_POOL_BYTES), memory
+    )
+    yield largest
 
 
-def all_steps(memory: int, num_devices: int) -> Iterator[Step]:
-    """With all layers: of each model that so many devices at most have room for, a step of decoding alone and the
-    largest one."""
-    yield from quick_steps()
-    models = [Model("SmolLM2-135M")]
-    models += [Model("Llama-3.1-8B", quantized=q, num_devices=n) for n in (1, 4) for q in (False, True)]
-    models += [Model("Llama-3.3-70B", quantized=True, num_devices=8)]
+def all_steps(memory: int, num_devices: int, num_layers: int | None) -> Iterator[Step]:
+    """Of each model that so many devices at most have room for, a step of decoding alone and the largest one.
+
+    Args:
+        num_layers: that models are cut to; None: they are whole.
+    """
+    yield from quick_steps(memory)
+    models = [Model("SmolLM2-135M", num_layers=num_layers)]
+    models += [Model("Llama-3.1-8B", q, n, num_layers) for n in (1, 4) for q in (False, True)]
+    models += [Model("Llama-3.3-70B", True, 8, num_layers)]
     for model in models:
-        pool_bytes = model.pool_bytes(memory)
-        if model.num_devices > num_devices or pool_bytes < USEFUL_POOL_BYTES:
-            continue
-        # where there is little room, large steps would take much of it for their temporaries
-        large, small = (MAX_NUM_SEQS, 2048), (SMALL_NUM_SEQS, 512)
-        max_num_seqs, largest = large if pool_bytes > SMALL_POOL_BYTES else small
-        yield Step(model=model, num_tokens=max_num_seqs, max_num_seqs=max_num_seqs, decode_only=True)
-        yield Step(model=model, num_tokens=largest, max_num_seqs=max_num_seqs)
+        if model.num_devices <= num_devices and model.pool_bytes(memory) >= USEFUL_POOL_BYTES:
+            yield from _steps(model, memory)
+
+
+def _steps(model: Model, memory: int) -> Iterator[Step]:
+    # where there is little room, large steps would take much of it for their temporaries
+    little = model.pool_bytes(memory) < SMALL_POOL_BYTES
+    max_num_seqs, largest = (SMALL_NUM_SEQS, 512) if little else (MAX_NUM_SEQS, 2048)
+    yield Step(model=model, num_tokens=max_num_seqs, max_num_seqs=max_num_seqs, decode_only=True)
+    yield Step(model=model, num_tokens=largest, max_num_seqs=max_num_seqs)

@@ -72,9 +72,9 @@ def test_kernels_are_traced_for_their_own_layouts(programs: Any, platform: str) 
             assert pool.shape == program.arguments[3].shape
 
 
-def test_the_models_that_a_chip_has_room_for_are_compiled_with_all_their_layers(programs: Any) -> None:
+def test_the_models_that_a_chip_has_room_for_are_compiled_whole(programs: Any) -> None:
     def models(memory: int, num_devices: int) -> set[str]:
-        steps = list(programs.all_steps(memory, num_devices))
+        steps = list(programs.all_steps(memory, num_devices, None))
         assert len({step.name for step in steps}) == len(steps)
         return {str(step.model) for step in steps if step.model.num_layers is None}
 
@@ -83,6 +83,13 @@ def test_the_models_that_a_chip_has_room_for_are_compiled_with_all_their_layers(
     assert models(16 << 30, 4) == {small, *eight}
     assert models(16 << 30, 8) == {small, *eight, "Llama-3.3-70B int8 TP8"}
     assert models(80 << 30, 1) == {small, f"{llama} bfloat16 TP1", f"{llama} int8 TP1"}
+
+
+def test_a_model_that_is_cut_leaves_as_much_for_the_pool_as_all_of_it(programs: Any) -> None:
+    whole, cut = (programs.Model("Llama-3.1-8B", num_layers=n) for n in (None, 2))
+    assert cut.weight_bytes < whole.weight_bytes / 5
+    assert cut.weight_bytes + cut.other_bytes == whole.weight_bytes
+    assert cut.pool_bytes(32 << 30) == whole.pool_bytes(32 << 30)
 
 
 HLO = """
