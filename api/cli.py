@@ -131,7 +131,7 @@ def make_parser() -> argparse.ArgumentParser:
     engine.add_argument(
         "--speculative-config",
         type=_json_object,
-        help='JSON object, e.g. {"method": "ngram", "num_speculative_tokens": 7}',
+        help='JSON object, e.g. {"method": "ngram"}',
     )
     return parser
 

@@ -21,6 +21,7 @@ SchedulingPolicy = Literal["fcfs", "priority"]
 ToolCallParserName = Literal["hermes", "llama3_json", "pythonic"]
 
 MAX_SPECULATIVE_TOKENS = 32
+DEFAULT_SPECULATIVE_TOKENS = 15
 DEFAULT_LOOKUP_MAX, DEFAULT_LOOKUP_MIN = 4, 2
 
 
@@ -35,7 +36,7 @@ class SpeculativeConfig:
 
     Attributes:
         method: "ngram": what follows is looked up in the prompt and the output so far.
-        num_speculative_tokens: tokens to guess at most in one step.
+        num_speculative_tokens: tokens to guess at most in one step, by default 15.
         prompt_lookup_max: the longest run of tokens at the text's end to look for; by default 4, or prompt_lookup_min
             if that is more.
         prompt_lookup_min: the shortest; by default 2, or prompt_lookup_max if that is less.
@@ -56,8 +57,7 @@ class SpeculativeConfig:
         flag, known = "--speculative-config", [f.name for f in fields(cls)]
         for name in given:
             _require(name in known, flag, name, "an object with no fields but " + ", ".join(known))
-        for name in ("method", "num_speculative_tokens"):
-            _require(name in given, flag, dict(given), f"an object with {name}")
+        _require("method" in given, flag, dict(given), "an object with method")
         _choice(f"{flag}: method", given["method"], ("ngram",))
         for name in known[1:]:
             value = given.get(name, 1)
@@ -73,7 +73,7 @@ class SpeculativeConfig:
         _require(shortest <= longest, f"{flag}: prompt_lookup_min", shortest, allowed)
         return cls(
             method=given["method"],
-            num_speculative_tokens=given["num_speculative_tokens"],
+            num_speculative_tokens=given.get("num_speculative_tokens", DEFAULT_SPECULATIVE_TOKENS),
             prompt_lookup_max=longest,
             prompt_lookup_min=shortest,
         )

@@ -175,9 +175,14 @@ class StepTimes:
         return self._seconds[key] if self._counts[key] >= FIRST_STEPS else None
 
     def drafting(self, shape: StepShape, num_rows: int, plain: float) -> float:
-        """Seconds of a step of this shape in which rows have drafts that would take `plain` without them."""
-        known = self._seconds.get((shape, True)) or self._seconds.get((shape, False))
-        return known or plain * math.sqrt(shape.num_tokens / self.shape(num_rows).num_tokens)
+        """Seconds of a step of this shape in which rows have drafts that would take `plain` without them. If there was
+        none of the shape yet, by the largest smaller one that is known: tokens cost about as much as their root."""
+        known, known_tokens = plain, self.shape(num_rows).num_tokens
+        for smaller in self.shapes:
+            seconds = self._seconds.get((smaller, True)) or self._seconds.get((smaller, False))
+            if seconds is not None and known_tokens <= smaller.num_tokens <= shape.num_tokens:
+                known, known_tokens = seconds, smaller.num_tokens
+        return known * math.sqrt(shape.num_tokens / known_tokens)
 
     def add(self, num_rows: int, num_drafts: int, seconds: float) -> float:
         """Take in a step; returns its seconds, or less if something has delayed it."""
@@ -208,10 +213,10 @@ class Payoff:
         self._steps_since_probe = PROBE_PAUSE
         self._num_drafting = 0  # steps in a row
 
-    @property
-    def is_open(self) -> bool:
-        """Whether there may be drafts in the next step at all."""
-        return self._credit > 0.0 and self._num_drafting < MAX_DRAFTING
+    def is_open(self, num_rows: int) -> bool:
+        """Whether there may be drafts in the next step, of so many rows, at all."""
+        has_room = any(shape.num_rows > num_rows for shape in self._times.shapes)
+        return has_room and self._credit > 0.0 and self._num_drafting < MAX_DRAFTING
 
     def choose(self, num_rows: int, proposals: list[Proposal], max_drafts: int) -> list[int]:
         """How many drafts of each proposal the next step, of `num_rows` rows, should check; at most `max_drafts`."""
@@ -308,7 +313,7 @@ class Speculation:
 
         Drafts take free blocks, and what is left of the token budget; nobody is preempted for them.
         """
-        if not self.payoff.is_open or not _only_decodes(plan):
+        if not self.payoff.is_open(len(plan.rows)) or not _only_decodes(plan):
             return
         proposals = [proposal for row in plan.rows if (proposal := self._propose(row)) is not None]
         if not proposals:
