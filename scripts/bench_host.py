@@ -3,7 +3,9 @@
 Without a model, one so small that the device takes next to nothing, so that a step takes what the host takes: its
 scheduling, packing, dispatch, update and the frame for the API process. With a model: how long its decode steps take.
 Steps that run ahead and steps that do not are measured in turn, several times around: median step, smallest, largest,
-and the processor time of the engine's thread (dispatch included, waiting not), which other load disturbs less.
+and the processor time of the engine's thread (dispatch included, waiting not), which other load disturbs less. Beside
+each, the same step's program alone: run again and again from the same inputs, nobody waiting for a result before the
+last. What a step takes longer than that is all that a program of several steps could gain.
 """
 
 from __future__ import annotations
@@ -13,17 +15,21 @@ import json
 import statistics
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
+from unittest import mock
+
+import jax
 
 from jaxserve.config import EngineConfig
 from jaxserve.engine import Engine
 from jaxserve.messages import AbortRequest, AddRequest, encode_frame
 from jaxserve.model_runner import ModelRunner
 from jaxserve.sampling_params import SamplingParams
+from jaxserve.step import StepOutputs
 
 TINY = {
     "architectures": ["LlamaForCausalLM"],
@@ -38,13 +44,15 @@ TINY = {
     "dtype": "float32",
 }
 WARM_UP_STEPS = 20
+GROUP = 10  # steps that are begun before anybody waits
 
 
 class Times(NamedTuple):
-    """Milliseconds of a step, and of the engine's thread in it."""
+    """Milliseconds of a step, of the engine's thread in it, and of the step's program alone."""
 
     wall: float
     thread: float
+    program: float
 
 
 def main() -> None:
@@ -64,7 +72,8 @@ def main() -> None:
             kv_cache_memory_bytes=None if args.model else 64 << 20,
         )
         runner = ModelRunner(config)
-    print(f"{'sequences':>9s}  {'runs ahead':>10s}  {'ms a step':>9s}  {'spread':>15s}  thread's ms")
+    spread = f"{'spread':>17s}"
+    print(f"sequences  runs ahead  ms a step  {spread}  thread's ms  program alone  {spread}  step / program")
     for count in args.sequences:
         times: dict[bool, list[Times]] = {True: [], False: []}
         for _ in range(args.rounds):
@@ -72,10 +81,18 @@ def main() -> None:
                 engine = Engine(runner, replace(runner.limits, async_scheduling=ahead))
                 taken.append(_decode(engine, count, args))
         for ahead, taken in times.items():
-            wall, thread = zip(*taken, strict=True)
-            spread = f"{min(wall):.3f} - {max(wall):.3f}"
-            numbers = f"{statistics.median(wall):9.3f}  {spread:>15s}  {statistics.median(thread):.3f}"
-            print(f"{count:9d}  {'yes' if ahead else 'no':>10s}  {numbers}")
+            wall, thread, program = zip(*taken, strict=True)
+            ratio = statistics.median(t.wall / t.program for t in taken)
+            print(
+                f"{count:9d}  {'yes' if ahead else 'no':>10s}  {_with_spread(wall)}  "
+                f"{statistics.median(thread):11.3f}  {_with_spread(program)}      {ratio:14.3f}",
+                flush=True,
+            )
+
+
+def _with_spread(milliseconds: Sequence[float]) -> str:
+    spread = f"{min(milliseconds):.3f} - {max(milliseconds):.3f}"
+    return f"{statistics.median(milliseconds):9.3f}  {spread:>17s}"
 
 
 @contextmanager
@@ -90,21 +107,44 @@ def _model(path: str | None) -> Iterator[Path]:
 
 def _decode(engine: Engine, count: int, args: argparse.Namespace) -> Times:
     """Median milliseconds of a step in which `count` sequences decode, their frame included."""
+    runner = engine.model_runner
     for i in range(count):
         prompt = [(i + j) % 16 for j in range(args.context)]
         params = SamplingParams(temperature=0.0, max_tokens=1024 - args.context, ignore_eos=True)
         engine.add_request(AddRequest(request_id=f"request-{i}", prompt_token_ids=prompt, params=params))
-    taken: list[Times] = []
-    while len(taken) < args.steps + WARM_UP_STEPS:
-        started, thread_started = time.perf_counter(), time.thread_time()
-        outputs = engine.step()
-        encode_frame(outputs)
-        if outputs.stats.num_tokens == count:
-            thread = (time.thread_time() - thread_started) * 1000
-            taken.append(Times((time.perf_counter() - started) * 1000, thread))
+    taken: list[tuple[float, float]] = []
+    last: list[Any] = []
+    execute = runner._execute
+
+    def noting(*step: Any) -> StepOutputs:
+        last[:] = step
+        return execute(*step)
+
+    with mock.patch.object(runner, "_execute", noting):
+        while len(taken) < args.steps + WARM_UP_STEPS:
+            started, thread_started = time.perf_counter(), time.thread_time()
+            outputs = engine.step()
+            encode_frame(outputs)
+            if outputs.stats.num_tokens == count:
+                thread = (time.thread_time() - thread_started) * 1000
+                taken.append(((time.perf_counter() - started) * 1000, thread))
+    program = _program_alone(runner, last, args.steps)
     for i in range(count):
         engine.abort_request(AbortRequest(request_id=f"request-{i}"))
-    return Times(*map(statistics.median, zip(*taken[WARM_UP_STEPS:], strict=True)))
+    wall, thread = map(statistics.median, zip(*taken[WARM_UP_STEPS:], strict=True))
+    return Times(wall, thread, program)
+
+
+def _program_alone(runner: ModelRunner, step: list[Any], count: int) -> float:
+    """Milliseconds of a step's program when the host does nothing beside it: median of groups."""
+    taken = []
+    for _ in range(1 + count // GROUP):
+        started = time.perf_counter()
+        for _ in range(GROUP):
+            outputs = runner._execute(*step)
+        jax.block_until_ready(outputs.sampled)
+        taken.append((time.perf_counter() - started) * 1000 / GROUP)
+    return statistics.median(taken[1:])
 
 
 if __name__ == "__main__":
