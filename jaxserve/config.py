@@ -213,6 +213,7 @@ class SchedulerConfig:
         scheduling_policy: whether requests may have priorities.
         async_scheduling: decide a step before the results of the one before it are there.
         speculation: guess tokens and check several in one step; None: never.
+        token_buckets: what steps are padded to, ascending, where padding costs as much as tokens; empty: it does not.
     """
 
     max_model_len: int
@@ -226,6 +227,7 @@ class SchedulerConfig:
     scheduling_policy: SchedulingPolicy = "fcfs"
     async_scheduling: bool = True
     speculation: SpeculativeConfig | None = None
+    token_buckets: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         usable_tokens = (self.num_blocks - 1) * self.block_size

@@ -223,7 +223,7 @@ class ModelRunner:
         """Begin one step: one transfer in, one program, one small transfer out. The device runs steps in the order in
         which they were begun; nobody waits here."""
         needed, rows = plan.num_tokens, len(plan.rows)
-        rates = any(first < end for first, end in (row.prompt_logprob_range for row in plan.rows))
+        rates = any(row.rates for row in plan.rows)
         shape = next(shape for shape in self.shapes if shape.fits(needed, rows, prompt_logprobs=rates))
         self._slots.assign([row for row in plan.rows if row.samples])
         packed = pack_step(plan, shape, self.block_size, self._slots)
@@ -400,6 +400,7 @@ class ModelRunner:
             scheduling_policy=self.config.scheduling_policy,
             async_scheduling=self._async_scheduling,
             speculation=self.config.speculation,
+            token_buckets=tuple(s.num_tokens for s in self.shapes) if self.platform == "cpu" else (),
         )
 
     def _compile(self, shape: StepShape, num_blocks: int) -> jax.stages.Compiled:

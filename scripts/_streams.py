@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import random
+import re
 import time
 from urllib.parse import urlsplit
 from urllib.request import urlopen
@@ -67,9 +68,22 @@ class Client:
         Raises:
             KeyError: there is none of that name.
         """
-        with urlopen(f"{self.url}/metrics") as answer:
-            lines = [line.split() for line in answer.read().decode().splitlines() if not line.startswith("#")]
-        found = [float(value) for key, value, *_ in lines if key.partition("{")[0] == name]
+        found = [float(line.split()[-1]) for line in self._metric_lines(name)]
         if not found:
             raise KeyError(name)
         return sum(found)
+
+    def labels(self, name: str) -> dict[str, str]:
+        """Labels of the one series of a metric.
+
+        Raises:
+            KeyError: there is none of that name.
+        """
+        for line in self._metric_lines(name):
+            return dict(re.findall(r'(\w+)="([^"]*)"', line))
+        raise KeyError(name)
+
+    def _metric_lines(self, name: str) -> list[str]:
+        with urlopen(f"{self.url}/metrics") as answer:
+            lines = answer.read().decode().splitlines()
+        return [line for line in lines if re.split("[{ ]", line, maxsplit=1)[0] == name]

@@ -7,6 +7,7 @@ from collections import deque
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
+import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, precondition, rule
@@ -35,6 +36,7 @@ def make_sequence(
     salt: str | None = None,
     params: SamplingParams | None = None,
     priority: int = 0,
+    max_model_len: int = MAX_MODEL_LEN,
 ) -> Sequence:
     """The first sequence of a request with its siblings attached; requests arrive in the order of these calls."""
     order = priority, next(arrivals)
@@ -46,7 +48,7 @@ def make_sequence(
             prompt,
             params,
             seed=0,
-            max_model_len=MAX_MODEL_LEN,
+            max_model_len=max_model_len,
             eos_token_ids=(0,),
             cache_salt=salt,
             order=order,
@@ -116,7 +118,7 @@ class EngineStates(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.scheduler = make_scheduler(long_prefill_token_threshold=3)
+        self.scheduler = make_scheduler(long_prefill_token_threshold=3, token_buckets=(1, 2, 4, 8))
         self.speculation = always_drafting(self.scheduler)
         self.count = 0
         self.written: dict[int, list[int | None]] = {}  # block → the token whose KV each slot holds
@@ -374,6 +376,70 @@ def test_short_prompts_are_computed_beside_a_long_one_and_long_ones_share() -> N
         ("short", 3),
     ]
     assert names(scheduler.waiting) == ["other", "behind"]
+
+
+PADDED: dict[str, Any] = {
+    "num_blocks": 800,
+    "budget": 256,
+    "max_num_seqs": 20,
+    "max_model_len": 2000,
+    "token_buckets": (1, 8, 16, 32, 64, 128, 256),
+}
+
+
+def lengths_beside(
+    num_streams: int, *prompts: Sequence, num_steps: int = 3, **limits: Any
+) -> list[list[int]]:
+    """Tokens of each row of the prompts' first steps, beside streams of one token a step."""
+    scheduler = make_scheduler(**PADDED | limits)
+    for i in range(num_streams):
+        scheduler.add(make_sequence(f"stream-{i}", [2, 2], max_tokens=20))
+    if num_streams:
+        run_step(scheduler)
+    for prompt in prompts:
+        scheduler.add(prompt)
+    steps = [[row.num_tokens for row in run_step(scheduler).rows][num_streams:] for _ in range(num_steps)]
+    scheduler.check_integrity()
+    return steps
+
+
+def prompt_of(name: str, num_tokens: int, **more: Any) -> Sequence:
+    token = next(arrivals)  # nothing is shared
+    return make_sequence(name, [token] * num_tokens, max_model_len=2000, **more)
+
+
+def test_the_end_of_a_prompt_waits_for_the_next_step_where_this_one_would_be_mostly_padding() -> None:
+    assert lengths_beside(16, prompt_of("a", 128)) == [[112], [16], [1]]
+    assert lengths_beside(0, prompt_of("a", 129)) == [[128], [1], [1]]
+
+
+def test_what_is_cut_is_cut_from_the_least_urgent() -> None:
+    assert lengths_beside(0, prompt_of("a", 100), prompt_of("b", 50)) == [[100, 28], [1, 15], [1, 7]]
+    assert lengths_beside(0, prompt_of("a", 128), prompt_of("b", 5)) == [[1, 127], [1, 4], [1, 1]]
+
+
+@pytest.mark.parametrize(
+    ("num_streams", "prompt_tokens", "limits"),
+    [
+        (0, 240, {}),  # the rest alone would cost as much as the padding
+        (0, 17, {}),  # one more step costs more
+        (16, 112, {}),  # there is no padding
+        (16, 128, {"token_buckets": ()}),
+        (0, 129, {"chunked": False, "budget": 2000}),
+    ],
+)
+def test_no_prompt_is_cut_for_nothing(num_streams: int, prompt_tokens: int, limits: dict[str, Any]) -> None:
+    assert lengths_beside(num_streams, prompt_of("a", prompt_tokens), **limits)[0] == [prompt_tokens]
+
+
+def test_prompts_that_are_rated_are_not_cut() -> None:
+    params = SamplingParams(max_tokens=8, prompt_logprobs=1)  # the largest program alone can do that
+    assert lengths_beside(0, prompt_of("a", 129, params=params))[0] == [129]
+
+
+def test_few_tokens_at_a_long_context_are_not_left_to_a_step_without_tiles() -> None:
+    assert lengths_beside(0, prompt_of("a", 512 + 160))[2] == [128]
+    assert lengths_beside(0, prompt_of("a", 1792 + 160), num_steps=8)[7] == [160]
 
 
 def test_the_youngest_is_preempted_and_computed_again_first() -> None:
