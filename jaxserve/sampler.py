@@ -66,7 +66,7 @@ class SampleOutputs(NamedTuple):
 
 def sample(
     logits: jax.Array,
-    inputs: SamplingInputs,
+    read: Callable[[], SamplingInputs],
     vocab: VocabShard,
     *,
     max_logprobs: int,
@@ -76,14 +76,17 @@ def sample(
 
     Args:
         logits: [S, V] float32.
+        read: takes the inputs out of the step's buffer. A branch does so for itself: of all that is read before it XLA
+            makes arrays, one kernel each.
         max_logprobs: L, static.
         processed_logprobs: report the distribution that was sampled from instead of the raw one; static.
     """
     S = logits.shape[0]
     num_candidates = min(NUM_BEAM_CANDIDATES, vocab.size)
-    filters = _filters(inputs, vocab)
 
     def draw() -> tuple[jax.Array, jax.Array | None, jax.Array]:
+        inputs = read()
+        filters = _filters(inputs, vocab)
         scaled = logits / filters.temperature[:, None]
         scaled = process_logits(scaled, logits, filters.temperature, inputs.processors, vocab)
 
@@ -104,7 +107,8 @@ def sample(
         reported = logits if processed_logprobs else None
         return vocab.argmax(logits), reported, jnp.zeros((S, 3 * num_candidates), jnp.int32)
 
-    wanted = jnp.any(filters.random) | (inputs.processors.num_rows > 0)
+    inputs = read()
+    wanted = jnp.any(inputs.temperature >= GREEDY_EPSILON) | (inputs.processors.num_rows > 0)
     token_ids, processed, candidates = lax.cond(wanted, draw, greedy)
     reported = logits if processed is None else processed
 

@@ -114,7 +114,7 @@ def make_step(
         logits = vocab.mask_padding(model.logits(hidden[inputs["logits_index"]]))
         out = sample(
             logits,
-            _sampling_inputs(inputs, pools.tokens, tables),
+            lambda: _sampling_inputs(shape.unpack(packed), pools.tokens, tables),
             vocab,
             max_logprobs=max_logprobs,
             processed_logprobs=processed_logprobs,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -61,7 +62,9 @@ def no_processors(rows: int) -> ProcessorInputs:
     )
 
 
-jitted_sample = jax.jit(sample, static_argnames=("vocab", "max_logprobs", "processed_logprobs"))
+@partial(jax.jit, static_argnames=("vocab", "max_logprobs", "processed_logprobs"))
+def jitted_sample(logits: jax.Array, inputs: SamplingInputs, **settings: Any) -> SampleOutputs:
+    return sample(logits, lambda: inputs, **settings)
 
 
 def run(logits: Array, inputs: SamplingInputs, *, max_logprobs: int = 5, processed: bool = False) -> Any:

@@ -9,6 +9,7 @@ attention and MLP outputs are added up. A chip's `qkv_proj` has the rows of its 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -197,12 +198,17 @@ class Llama(nnx.Module):
         first = part(self.layers[0])
         if first.scale is not None:
             inputs = quantize_rows(x, first.summed_over)  # once, not in every branch
-        out: jax.Array = lax.switch(layer, [part(module) for module in self.layers], inputs)
+        # functions, not modules: JAX names each branch, and of a module it would print all of it
+        out: jax.Array = lax.switch(layer, [partial(_call, part(module)) for module in self.layers], inputs)
         return out
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """hidden [R, E] → [R, V] float32; a chip's share, its padding included."""
         return self.embed_tokens.logits(hidden) if self.lm_head is None else self.lm_head.product(hidden)
+
+
+def _call(module: Linear, x: jax.Array | QuantizedRows) -> jax.Array:
+    return module(x)
 
 
 def checkpoint_slots(config: ModelConfig, *, num_shards: int = 1, shard: int = 0) -> dict[str, TensorSlot]:
