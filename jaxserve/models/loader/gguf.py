@@ -27,7 +27,8 @@ MAX_ARRAY_LENGTH = 1 << 22
 MAX_STRING_BYTES = 1 << 24
 MAX_METADATA_BYTES = 1 << 26  # several times what the largest vocabularies take
 MAX_DIMENSIONS = 4
-PIECE_SIZE = 1 << 19  # numbers dequantized at once: what the processor's cache holds
+PIECE_SIZE = 1 << 19  # numbers read at once
+ROW_SIZE = 1 << 13  # numbers that the package is told are a row: it dequantizes 16 of them at once, in the cache
 SCALARS = {
     0: "<B",
     1: "<b",
@@ -142,7 +143,10 @@ class GGUFCheckpoint:
         raw = np.fromfile(file, np.uint8, self._num_bytes(info, shape))
         if raw.size < self._num_bytes(info, shape):
             raise ModelLoadError(f"{self._path} ended while {info.name!r:.200} was being read.")
-        rows = dequantize(raw.reshape(*shape[:-1], -1), self._types[info.type])
+        block, block_bytes = self._blocks[self._types[info.type]]
+        num_blocks = raw.size // int(block_bytes)
+        per_row = next(n for n in range(max(1, ROW_SIZE // int(block)), 0, -1) if num_blocks % n == 0)
+        rows = dequantize(raw.reshape(-1, per_row * int(block_bytes)), self._types[info.type])
         return np.asarray(rows, np.float32).reshape(shape)
 
     def _num_bytes(self, info: TensorInfo, shape: tuple[int, ...]) -> int:
