@@ -49,7 +49,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("jaxserve.engine")
 PR_SET_PDEATHSIG = 1  # <sys/prctl.h>
-STARTUP_SWITCH_INTERVAL_S = 0.0005
 
 
 class Connection:
@@ -132,13 +131,10 @@ def serve(connection: Connection, config: EngineConfig) -> None:
         end_process(reason)
 
     gc.disable()  # tracing makes millions of objects that live as long as the programs
-    patience = sys.getswitchinterval()
-    sys.setswitchinterval(STARTUP_SWITCH_INTERVAL_S)  # the loader asks for the interpreter thousands of times
     with ThreadPoolExecutor(1) as pool:
         loading = pool.submit(_load_tokenizer, config)
         runner = ModelRunner(config, report, lose)
         engine = Engine(runner, seed=config.seed, tokenizer=loading.result())
-    sys.setswitchinterval(patience)
     gc.enable()
     gc.freeze()
     connection.send(engine.info())

@@ -7,7 +7,6 @@ import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from functools import cached_property
-from threading import Lock
 from typing import Any, NamedTuple
 
 import jax
@@ -200,7 +199,6 @@ class ModelRunner:
         self._slots = SlotTableManager(self._max_num_seqs, self.model_config.vocab_size, self._place_table)
         self._programs: dict[StepShape, jax.stages.Compiled] = {}
         self._all_logits: jax.stages.Wrapped | None = None
-        self._lowering = Lock()  # it holds the interpreter: two at a time only keep the loader from it
         with ThreadPoolExecutor(COMPILE_THREADS + 1, thread_name_prefix="startup") as pool:
             started = time.monotonic()
             loading = pool.submit(self._load, checkpoint, report)
@@ -422,8 +420,7 @@ class ModelRunner:
         leaves = devices.abstract_weights(self._definition.names, self._definition.abstract())
         pools = devices.abstract_shards(self._abstract_pools(num_blocks))
         packed = devices.abstract_everywhere(jax.ShapeDtypeStruct((shape.size,), jnp.int32))
-        with self._lowering:
-            lowered = jax.jit(step, donate_argnums=1).lower(leaves, pools, self._slots.on_device(), packed)
+        lowered = jax.jit(step, donate_argnums=1).lower(leaves, pools, self._slots.on_device(), packed)
         return lowered.compile()
 
     def _abstract_pools(self, num_blocks: int) -> Any:
