@@ -23,35 +23,50 @@ from jaxserve.sharding import ONE_CHIP, TensorParallel, VocabShard
 LayerIndex = int | jax.Array
 
 MAX_SUMMED_ROWS = 1 << 15
+REST_STEPS = 2 * INT8_MAX  # of which one rounding leaves at most half
 CONTRACT_LAST = (((1,), (1,)), ((), ()))
 
 
 class QuantizedRows(NamedTuple):
-    """values [T, in] int8 · scales [T, 1] float32."""
+    """values [T, in] int8 · scales [T, 1] float32, and for inputs that are `fine` what that leaves of them:
+    rests [T, in] int8 · scales / REST_STEPS."""
 
     values: jax.Array
     scales: jax.Array
+    rests: jax.Array | None = None
 
 
-def quantize_rows(x: jax.Array, group: TensorParallel = ONE_CHIP) -> QuantizedRows:
+def quantize_rows(x: jax.Array, group: TensorParallel = ONE_CHIP, *, fine: bool = False) -> QuantizedRows:
     """[T, in]: the largest element of a row becomes ±127; of the whole row, where chips have a share of it each."""
     x = x.astype(jnp.float32)
     scales = group.max(jnp.max(jnp.abs(x), axis=-1, keepdims=True)) / INT8_MAX
-    values = jnp.round(x / jnp.where(scales > 0, scales, 1.0))
-    return QuantizedRows(values.astype(jnp.int8), scales)
+    steps = x / jnp.where(scales > 0, scales, 1.0)
+    values = jnp.round(steps)
+    rests = jnp.round((steps - values) * REST_STEPS).astype(jnp.int8) if fine else None
+    return QuantizedRows(values.astype(jnp.int8), scales, rests)
 
 
 def matmul_int8(
-    x: jax.Array | QuantizedRows, weight: jax.Array, scale: jax.Array, group: TensorParallel = ONE_CHIP
+    x: jax.Array | QuantizedRows,
+    weight: jax.Array,
+    scale: jax.Array,
+    group: TensorParallel = ONE_CHIP,
+    *,
+    fine: bool = False,
 ) -> jax.Array:
     """x [T, in] · (weight [out, in] int8 · scale [out]) → [T, out] float32; `in` may be spread over the chips of a
     group, whose sums are added up while they are integers, so that several chips give what one gives."""
-    values, scales = x if isinstance(x, QuantizedRows) else quantize_rows(x, group)
+    values, scales, rests = x if isinstance(x, QuantizedRows) else quantize_rows(x, group, fine=fine)
     T = values.shape[0]
-    if T == 1:  # XLA:CPU has no fast product of one row; reading the weights bounds two rows as well
+    if rests is not None:  # rows of the same product, so that the weights are read once
+        values = jnp.concatenate([values, rests])
+    elif T == 1:  # XLA:CPU has no fast product of one row; reading the weights bounds two rows as well
         values = jnp.broadcast_to(values, (2, values.shape[1]))
-    sums = lax.dot_general(values, weight, CONTRACT_LAST, preferred_element_type=jnp.int32)[:T]
-    return group.sum(sums).astype(jnp.float32) * (scales * scale)
+    sums = lax.dot_general(values, weight, CONTRACT_LAST, preferred_element_type=jnp.int32)
+    if rests is None:
+        return group.sum(sums[:T]).astype(jnp.float32) * (scales * scale)
+    sums = group.sum(sums).astype(jnp.float32)
+    return (sums[:T] + sums[T:] / REST_STEPS) * (scales * scale)
 
 
 def matmul(x: jax.Array, weight: jax.Array) -> jax.Array:
@@ -70,6 +85,7 @@ class Linear(nnx.Module):
 
     Args:
         summed_over: chips that have a share of the inputs each; their products are added up.
+        fine: inputs of a quantized one take two int8 numbers each.
     """
 
     def __init__(
@@ -81,8 +97,10 @@ class Linear(nnx.Module):
         dtype: jnp.dtype,
         quantized: bool = False,
         summed_over: TensorParallel = ONE_CHIP,
+        fine: bool = False,
     ) -> None:
         self.summed_over = summed_over
+        self.fine = fine
         self.weight = nnx.Param(jnp.zeros((out_features, in_features), jnp.int8 if quantized else dtype))
         self.scale = nnx.Param(jnp.zeros((out_features,), jnp.float32)) if quantized else None
         self.bias = nnx.Param(jnp.zeros((out_features,), dtype)) if bias else None
@@ -96,7 +114,7 @@ class Linear(nnx.Module):
     def product(self, x: jax.Array | QuantizedRows) -> jax.Array:
         """Without the bias. Only quantized weights take quantized inputs."""
         if self.scale is not None:
-            return matmul_int8(x, self.weight[...], self.scale[...], self.summed_over)
+            return matmul_int8(x, self.weight[...], self.scale[...], self.summed_over, fine=self.fine)
         assert not isinstance(x, QuantizedRows)
         return self.summed_over.sum(matmul(x, self.weight[...]))
 
@@ -127,7 +145,7 @@ class Embedding(nnx.Module):
     def logits(self, hidden: jax.Array) -> jax.Array:
         """hidden [R, E] → [R, V] float32, where the table is the output layer as well."""
         if self.scale is not None:
-            return matmul_int8(hidden, self.weight[...], self.scale[...])
+            return matmul_int8(hidden, self.weight[...], self.scale[...], fine=True)
         return matmul(hidden, self.weight[...])
 
 

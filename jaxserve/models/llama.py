@@ -69,7 +69,10 @@ class MLP(nnx.Module):
     ) -> None:
         hidden, inner, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
         self.gate_up_proj = Linear(hidden, 2 * inner, bias=bias, dtype=dtype, quantized=quantized)
-        self.down_proj = Linear(inner, hidden, bias=bias, dtype=dtype, quantized=quantized, summed_over=group)
+        # what comes in here is a product of two, and has outliers
+        self.down_proj = Linear(
+            inner, hidden, bias=bias, dtype=dtype, quantized=quantized, summed_over=group, fine=True
+        )
 
 
 class DecoderLayer(nnx.Module):
@@ -119,7 +122,14 @@ class Llama(nnx.Module):
         self.lm_head = (
             None
             if tied
-            else Linear(config.hidden_size, config.vocab_size, bias=False, dtype=dtype, quantized=quantized)
+            else Linear(
+                config.hidden_size,
+                config.vocab_size,
+                bias=False,
+                dtype=dtype,
+                quantized=quantized,
+                fine=True,
+            )
         )
 
     def __call__(
@@ -197,7 +207,7 @@ class Llama(nnx.Module):
         inputs: jax.Array | QuantizedRows = x
         first = part(self.layers[0])
         if first.scale is not None:
-            inputs = quantize_rows(x, first.summed_over)  # once, not in every branch
+            inputs = quantize_rows(x, first.summed_over, fine=first.fine)  # once, not in every branch
         # functions, not modules: JAX names each branch, and of a module it would print all of it
         out: jax.Array = lax.switch(layer, [partial(_call, part(module)) for module in self.layers], inputs)
         return out

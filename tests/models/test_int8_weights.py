@@ -20,8 +20,9 @@ from tests.tiny_llama import tiny_config, tiny_weights, write_tiny_model
 DATA = Path(__file__).parents[1] / "data"
 
 
+@pytest.mark.parametrize("fine", [False, True])
 @pytest.mark.parametrize("num_rows", [1, 2, 8, 64])
-def test_integers_are_multiplied_exactly(num_rows: int) -> None:
+def test_integers_are_multiplied_exactly(num_rows: int, fine: bool) -> None:
     """Rows whose largest element is 127 are their own quantization; the sums go beyond what float32 counts."""
     rng = np.random.RandomState(0)
     x, weight = rng.randint(-127, 128, (num_rows, 3000)), rng.randint(-127, 128, (40, 3000))
@@ -29,32 +30,37 @@ def test_integers_are_multiplied_exactly(num_rows: int) -> None:
     x[0], weight[0] = 127, 127
     scale = 2.0 ** rng.randint(-9, 0, 40)
     out = matmul_int8(
-        jnp.asarray(x, jnp.float32), jnp.asarray(weight, jnp.int8), jnp.asarray(scale, jnp.float32)
+        jnp.asarray(x, jnp.float32),
+        jnp.asarray(weight, jnp.int8),
+        jnp.asarray(scale, jnp.float32),
+        fine=fine,
     )
     exact = x.astype(np.int64) @ weight.T.astype(np.int64)
     assert exact[0, 0] > 1 << 24
     np.testing.assert_array_equal(np.asarray(out), exact.astype(np.float32) * scale.astype(np.float32))
 
 
-def test_inputs_are_rounded_to_the_nearest_of_255_steps() -> None:
+@pytest.mark.parametrize(("fine", "steps_a_side"), [(False, 127), (True, 127 * 254)])
+def test_inputs_are_rounded_to_the_nearest_step(fine: bool, steps_a_side: int) -> None:
     rng = np.random.RandomState(0)
-    x, weight = rng.randn(8, 96).astype(np.float32), rng.randint(-127, 128, (40, 96))
-    out = matmul_int8(jnp.asarray(x), jnp.asarray(weight, jnp.int8), jnp.ones(40))
-    steps = np.abs(x).max(axis=1, keepdims=True) / 127
+    x, weight = rng.randn(8, 96).astype(np.float32).astype(np.float64), rng.randint(-127, 128, (40, 96))
+    out = matmul_int8(jnp.asarray(x, jnp.float32), jnp.asarray(weight, jnp.int8), jnp.ones(40), fine=fine)
+    steps = np.abs(x).max(axis=1, keepdims=True) / steps_a_side
     half_a_step_each = 0.5 * steps * np.abs(weight).sum(axis=1)
     error = np.abs(np.asarray(out) - x @ weight.T)
     assert (error <= 1.001 * half_a_step_each).all()
     assert error.max() > 0
 
 
-def test_a_row_does_not_depend_on_its_neighbours() -> None:
+@pytest.mark.parametrize("fine", [False, True])
+def test_a_row_does_not_depend_on_its_neighbours(fine: bool) -> None:
     rng = np.random.RandomState(0)
     x, weight, scale = rng.randn(64, 96) * 10.0, rng.randint(-127, 128, (40, 96)), rng.rand(40)
     x[5] = 0.0
     arguments = jnp.asarray(weight, jnp.int8), jnp.asarray(scale, jnp.float32)
-    together = matmul_int8(jnp.asarray(x, jnp.float32), *arguments)
+    together = matmul_int8(jnp.asarray(x, jnp.float32), *arguments, fine=fine)
     for row in (0, 5, 63):
-        alone = matmul_int8(jnp.asarray(x[row : row + 1], jnp.float32), *arguments)
+        alone = matmul_int8(jnp.asarray(x[row : row + 1], jnp.float32), *arguments, fine=fine)
         np.testing.assert_array_equal(np.asarray(alone[0]), np.asarray(together[row]))
     assert not np.asarray(together[5]).any()
 
