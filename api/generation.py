@@ -433,10 +433,8 @@ class Generation:
             return None
         if delta.finish_reason is not None:
             self._num_unfinished -= 1
-            if output.finish_reason is None:
-                self._engine.abort(
-                    output.request_id, [output.index]
-                )  # a stop string: the engine does not know
+            if output.finish_reason is None:  # a stop string: the engine does not know
+                self._engine.abort(output.request_id, [output.index])
         if sequence.index not in self._begun:
             self._begun.add(sequence.index)
             delta.prompt_logprobs = self._logprobs_of_prompt(prompt_index)

@@ -209,9 +209,8 @@ class Renderer(ABC):
         self.token_string = TokenStrings(tokenizer, options.return_tokens_as_token_ids)
         self.states = [ChoiceState() for _ in range(len(prompts) * n)]
         self._chunk_prefix = b"data: " + orjson.dumps(self._envelope(self.chunk_object_name))[:-1]
-        self._text_chunks: dict[
-            int, tuple[bytes, bytes]
-        ] = {}  # by choice: what is around the text of a plain chunk
+        # by choice: what is around the text of a plain chunk
+        self._text_chunks: dict[int, tuple[bytes, bytes]] = {}
 
     # --- the whole response --------------------------------------------------------------------------------
 

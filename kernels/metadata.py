@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-import jax
+if TYPE_CHECKING:  # the scheduler and the packing of steps want the numbers here, and no jax
+    import jax
 
 QUERY_TILE = 64  # tokens of one prefill tile
 MAX_UNTILED_TOKENS = 64  # batches up to this size are attended token by token, without tiles

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -64,3 +66,9 @@ def test_imports_point_downwards(module: str) -> None:
             inner = name.removeprefix("jaxserve.")
             if inner != name and inner in MODULES and (module, inner) not in UPWARDS:
                 assert RANK[inner] < RANK[module], f"{module} must not import {inner}"
+
+
+def test_who_decides_on_the_host_and_who_speaks_http_runs_without_jax() -> None:
+    modules = "jaxserve.scheduler", "jaxserve.step_inputs", "jaxserve.speculation", "jaxserve.api.app"
+    code = f"import sys, {', '.join(modules)}; sys.exit('jax' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT.parent, check=False).returncode == 0
