@@ -28,9 +28,7 @@ MAX_STRING_BYTES = 1 << 24
 MAX_METADATA_BYTES = 1 << 26  # several times what the largest vocabularies take
 MAX_DIMENSIONS = 4
 PIECE_SIZE = 1 << 19  # numbers read at once
-ROW_SIZE = (
-    1 << 13
-)  # numbers that the package is told are a row: it dequantizes 16 of them at once, in the cache
+ROW_SIZE = 1 << 13  # numbers that the package is told are a row: 16 rows, which it dequantizes at once, fit the cache
 SCALARS = {
     0: "<B",
     1: "<b",
