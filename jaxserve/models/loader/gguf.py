@@ -28,7 +28,8 @@ MAX_STRING_BYTES = 1 << 24
 MAX_METADATA_BYTES = 1 << 26  # several times what the largest vocabularies take
 MAX_DIMENSIONS = 4
 PIECE_SIZE = 1 << 19  # numbers read at once
-ROW_SIZE = 1 << 13  # numbers that the package is told are a row: 16 rows, which it dequantizes at once, fit the cache
+# numbers that the package is told are a row: it dequantizes 16 rows at once, which the cache should hold
+ROW_SIZE = 1 << 13
 SCALARS = {
     0: "<B",
     1: "<b",
