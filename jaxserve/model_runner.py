@@ -65,7 +65,7 @@ PLATFORM_DEFAULTS = {
     "cpu": PlatformDefaults(
         64,
         256,
-        16,
+        64,
         (1, 8),
         None,
         async_scheduling=True,

@@ -23,12 +23,11 @@ from jax.extend.random import threefry2x32_p
 
 from jaxserve.logits_processors import ProcessorInputs, process_logits
 from jaxserve.sampling_params import GREEDY_EPSILON
-from jaxserve.sharding import VOCAB_ROWS, VocabShard, count_true
+from jaxserve.sharding import NEIGHBOURS, VOCAB_ROWS, VocabShard, count_true
 
 NUM_CANDIDATES = 1024  # covers almost every top-p set of a trained model
 NUM_BEAM_CANDIDATES = 256  # twice the widest beam search
 NO_TOKEN = -1  # sampled where no token is possible
-GROUP_SIZE = 128  # neighbouring tokens of which `top_few` first looks at the largest alone
 BISECTION_STEPS = 32  # one per bit of a float32
 SUM_GROUP = 32  # neighbours whose running sums are taken directly
 ROW_GROUP = 64  # rows that [S, V] intermediates exist of at a time
@@ -357,15 +356,15 @@ def top_few(x: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
     these groups would hold one that goes before it.
     """
     S, V = x.shape
-    num_groups = -(-V // GROUP_SIZE)
+    num_groups = -(-V // NEIGHBOURS)
     if num_groups <= k:
         values, ids = lax.top_k(x, k)
         return values, ids.astype(jnp.int32)
-    padding = ((0, 0), (0, num_groups * GROUP_SIZE - V))
-    table = jnp.pad(x, padding, constant_values=-jnp.inf).reshape(S, num_groups, GROUP_SIZE)
+    padding = ((0, 0), (0, num_groups * NEIGHBOURS - V))
+    table = jnp.pad(x, padding, constant_values=-jnp.inf).reshape(S, num_groups, NEIGHBOURS)
     _, groups = lax.optimization_barrier(lax.top_k(jnp.max(table, axis=-1), k))
     groups = jnp.sort(groups, axis=-1).astype(jnp.int32)  # so that of equals the lowest id is the first one
     members = jnp.take_along_axis(table, groups[:, :, None], axis=1, mode="promise_in_bounds")
-    values, index = lax.optimization_barrier(lax.top_k(members.reshape(S, k * GROUP_SIZE), k))
-    group = jnp.take_along_axis(groups, index // GROUP_SIZE, axis=-1, mode="promise_in_bounds")
-    return values, group * GROUP_SIZE + index % GROUP_SIZE
+    values, index = lax.optimization_barrier(lax.top_k(members.reshape(S, k * NEIGHBOURS), k))
+    group = jnp.take_along_axis(groups, index // NEIGHBOURS, axis=-1, mode="promise_in_bounds")
+    return values, group * NEIGHBOURS + index % NEIGHBOURS

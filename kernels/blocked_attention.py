@@ -5,9 +5,14 @@ counts are data, so that one program serves every context length and costs what 
 single tokens are taken TOKEN_GROUP at a time up to the longest context among them, longer rows in tiles of
 QUERY_TILE tokens up to their own end. A chunk that is masked out whole changes no bit of the result, so a
 token's result does not depend on its neighbours.
+
+The pool is [N, 2, K, B · D]: a block's values are [B, D], its keys are stored transposed, [D, B]. So both are what XLA:CPU
+multiplies with as they are; keys as [B, D] it transposes anew in every product, which takes as long as the rest of it.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +24,8 @@ from jaxserve.kernels.reference import QuantizedPool, quantize_kv
 Pool = jax.Array | QuantizedPool
 
 TOKEN_GROUP = 16
-KV_CHUNK = 128  # tokens; the gathered chunk of TOKEN_GROUP contexts should stay in the L2 cache
+GROUP_CHUNK = 64  # tokens of K and V at a time; of TOKEN_GROUP contexts they should stay in the L2 cache
+TILE_CHUNK = 128  # of one context
 MASKED = -1e30  # finite, so that a row without any context gives 0 and no NaN
 # XLA:CPU widens every update of an array of small floats to float32, the whole array with it; integers stay as they
 # are. So a pool may hold the bits: which floats they are follows from the integer.
@@ -42,35 +48,44 @@ def reinterpret(x: jax.Array, dtype: jnp.dtype) -> jax.Array:
     return x if x.dtype == dtype else lax.bitcast_convert_type(x, dtype)
 
 
+def pool_shape(num_blocks: int, num_kv_heads: int, block_size: int, head_dim: int) -> tuple[int, ...]:
+    """Of K and V of one layer; a QuantizedPool's scales are [N, 2, K, B]."""
+    return num_blocks, 2, num_kv_heads, block_size * head_dim
+
+
 def write_kv(
     kv_pool: Pool, keys: jax.Array, values: jax.Array, slot_mapping: jax.Array, num_tokens: jax.Array
 ) -> Pool:
     """Put the keys and values ([T, K, D] each) of this step's first `num_tokens` tokens into the pool."""
-    new = jnp.stack([keys, values], axis=1)  # [T, 2, K, D]
-    rows: Pool
-    if isinstance(kv_pool, QuantizedPool):
-        stored, B = kv_pool.values.dtype, kv_pool.values.shape[3]
-        quantized, scales = quantize_kv(new, kv_dtype(stored))
-        rows = QuantizedPool(reinterpret(quantized, stored), scales)
-    else:
-        stored, B = kv_pool.dtype, kv_pool.shape[3]
-        rows = reinterpret(new.astype(kv_dtype(stored)), stored)
+    _, K, D = keys.shape
+    B = (kv_pool.values if isinstance(kv_pool, QuantizedPool) else kv_pool).shape[3] // D
     blocks, offsets = lax.div(slot_mapping, jnp.int32(B)), lax.rem(slot_mapping, jnp.int32(B))
 
-    def write(t: jax.Array, pool: Pool) -> Pool:
-        block, offset = _item(blocks, t), _item(offsets, t)
+    def write(pool: jax.Array, rows: jax.Array, column: Callable[[jax.Array], tuple[jax.Array | int, ...]]) -> jax.Array:
+        """Put each token's `rows` [T, …] where its block, and in it `column` of its offset, is."""
 
-        def put(pool: jax.Array, rows: jax.Array) -> jax.Array:
-            _, _, K, *rest = rows.shape
-            update = _slice(rows, t, 1).reshape(1, 2, K, 1, *rest)
-            index: list[jax.Array | int] = [block, 0, 0, offset, *[0] * len(rest)]
-            return lax.dynamic_update_slice(pool, update, index, allow_negative_indices=False)
+        def put(t: jax.Array, pool: jax.Array) -> jax.Array:
+            index = [_item(blocks, t), *column(_item(offsets, t))]
+            return lax.dynamic_update_slice(pool, _slice(rows, t, 1), index, allow_negative_indices=False)
 
-        written: Pool = jax.tree.map(put, pool, rows)
+        written: jax.Array = lax.fori_loop(0, num_tokens, put, pool)
         return written
 
-    written: Pool = lax.fori_loop(0, num_tokens, write, kv_pool)
-    return written
+    def write_elements(pool: jax.Array, rows: jax.Array) -> jax.Array:
+        """Keys are columns of their block, values are rows. One loop each: one for both would copy the pool."""
+        rows = reinterpret(rows.astype(kv_dtype(pool.dtype)), pool.dtype)
+        new_keys, new_values = rows[:, 0].reshape(-1, 1, K, D, 1), rows[:, 1].reshape(-1, 1, K, D)
+        with_keys = write(pool.reshape(-1, 2, K, D, B), new_keys, lambda offset: (0, 0, 0, offset))
+        return write(with_keys.reshape(pool.shape), new_values, lambda offset: (1, 0, offset * D))
+
+    new = jnp.stack([keys, values], axis=1)  # [T, 2, K, D]
+    if not isinstance(kv_pool, QuantizedPool):
+        return write_elements(kv_pool, new)
+    quantized, scales = quantize_kv(new, kv_dtype(kv_pool.values.dtype))
+    return QuantizedPool(
+        write_elements(kv_pool.values, quantized),
+        write(kv_pool.scales, scales[..., None], lambda offset: (0, 0, offset)),
+    )
 
 
 # Plain indexing normalizes negative indices: a dozen instructions an index, in every layer of every program.
@@ -113,7 +128,7 @@ def paged_attention(
 
     Args:
         queries: [T, H, D], T at most TOKEN_GROUP or a multiple of it.
-        kv_pool: [N, 2, K, B, D], in `storage_dtype` or as it is. Or a QuantizedPool of such, scales [N, 2, K, B].
+        kv_pool: `pool_shape(…)`, in `storage_dtype` or as it is. Or a QuantizedPool of such.
 
     Returns:
         [T, H, D] in the queries' dtype.
@@ -122,34 +137,37 @@ def paged_attention(
     pool = kv_pool.values if isinstance(kv_pool, QuantizedPool) else kv_pool
     scales = kv_pool.scales if isinstance(kv_pool, QuantizedPool) else None
     dtype = kv_dtype(pool.dtype)
-    _, _, K, B, _ = pool.shape
-    M = metadata.block_tables.shape[1]
+    _, _, K, size = pool.shape
+    B, M = size // D, metadata.block_tables.shape[1]
     G = H // K
     group = min(TOKEN_GROUP, T)
-    blocks_per_chunk = max(1, min(KV_CHUNK // B, M))
-    chunk = blocks_per_chunk * B
-    # rows of (block, k-or-v, head): one gather brings [.., K, blocks, B, D] without a transpose
-    flat_pool = pool.reshape(-1, B, D)
-    flat_scales = None if scales is None else scales.reshape(-1, B)
+    # rows of (block, k-or-v, head): one gather brings [.., K, blocks, …] without a transpose
+    key_rows, value_rows = pool.reshape(-1, D, B), pool.reshape(-1, B, D)
+    scale_rows = None if scales is None else scales.reshape(-1, B)
     heads = jnp.arange(K, dtype=jnp.int32)
-    tables = jnp.pad(metadata.block_tables, ((0, 0), (0, -M % blocks_per_chunk)))
+    # a chunk may begin with a table's last block
+    tables = jnp.pad(metadata.block_tables, ((0, 0), (0, max(1, TILE_CHUNK // B) - 1)))
     # 8-bit numbers are exact in every float of 16 bits
     tile_dtype = queries.dtype if scales is not None else jnp.promote_types(queries.dtype, dtype)
     precision = lax.Precision.HIGHEST if tile_dtype == jnp.float32 else None
 
-    def gather(index: jax.Array, tiled: bool) -> tuple[jax.Array, jax.Array | None]:
-        """Rows of the pool [R, K, C/B] → their elements [R, K, C, D] and scales [R, K, 1, C]."""
-        R, K, _ = index.shape
-        found = reinterpret(_take(flat_pool, index), dtype).reshape(R, K, chunk, D)
+    def gather(index: jax.Array, *, tiled: bool) -> tuple[jax.Array, jax.Array]:
+        """Rows of keys [R, K, blocks] → keys [R, K, D, C] and values [R, K, C, D]."""
+        R, K, num_blocks = index.shape
+        keys, values = _take(key_rows, index), _take(value_rows, index + K)
+        if num_blocks > 1:
+            keys = keys.transpose(0, 1, 3, 2, 4)
         # few rows a product: XLA:CPU is faster in float32 there
-        found = found.astype(tile_dtype if tiled else jnp.float32)
-        return found, None if flat_scales is None else _take(flat_scales, index).reshape(R, K, 1, chunk)
+        keys, values = (reinterpret(x, dtype).astype(tile_dtype if tiled else jnp.float32) for x in (keys, values))
+        return keys.reshape(R, K, D, num_blocks * B), values.reshape(R, K, num_blocks * B, D)
 
     def attend(
         q: jax.Array, block_rows: jax.Array, q_positions: jax.Array, lens: jax.Array, *, tiled: bool
     ) -> jax.Array:
         """q [R, K, Q, D] with positions [R, Q], block_rows [R, M], lens [R] → [R, K, Q, D] float32."""
         R, _, Q, _ = q.shape
+        blocks_per_chunk = max(1, min((TILE_CHUNK if tiled else GROUP_CHUNK) // B, M))
+        chunk = blocks_per_chunk * B
         last_chunk = _ceil_div(jnp.max(lens), chunk)
         first_chunk = jnp.int32(0)
         if sliding_window is not None:
@@ -162,15 +180,10 @@ def paged_attention(
             peak, total, acc = carry
             block_ids = _slice(block_rows, c * blocks_per_chunk, blocks_per_chunk, axis=1)
             index = block_ids[:, None, :] * (2 * K) + heads[None, :, None]
-            (keys, key_scales), (values, value_scales) = gather(index, tiled), gather(index + K, tiled)
-            scores = lax.dot_general(
-                q.astype(keys.dtype),
-                keys,
-                (((3,), (3,)), ((0, 1), (0, 1))),
-                precision,
-                preferred_element_type=jnp.float32,
-            )  # [R, K, Q, C]
-            scores = scores * scale if key_scales is None else scores * (key_scales * scale)
+            keys, values = gather(index, tiled=tiled)
+            scores = _product(q.astype(keys.dtype), keys, precision) * scale  # [R, K, Q, C]
+            if scale_rows is not None:
+                scores *= _take(scale_rows, index).reshape(R, K, 1, chunk)
             kv_positions = c * chunk + jnp.arange(chunk, dtype=jnp.int32)
             visible = (kv_positions <= q_positions[:, :, None]) & (kv_positions < lens[:, None, None])
             if sliding_window is not None:
@@ -180,14 +193,10 @@ def paged_attention(
             new_peak = jnp.maximum(peak, jnp.max(scores, axis=-1))
             rescale = jnp.exp(peak - new_peak)
             weights = lax.select(visible, jnp.exp(scores - new_peak[..., None]), jnp.zeros_like(scores))
-            scaled = weights if value_scales is None else weights * value_scales
-            out = lax.dot_general(
-                scaled.astype(values.dtype),
-                values,
-                (((3,), (2,)), ((0, 1), (0, 1))),
-                precision,
-                preferred_element_type=jnp.float32,
-            )
+            scaled = weights
+            if scale_rows is not None:
+                scaled *= _take(scale_rows, index + K).reshape(R, K, 1, chunk)
+            out = _product(scaled.astype(values.dtype), values, precision)
             return new_peak, total * rescale + jnp.sum(weights, axis=-1), acc * rescale[..., None] + out
 
         start = (jnp.full((R, K, Q), MASKED), jnp.zeros((R, K, Q)), jnp.zeros((R, K, Q, D)))
@@ -226,6 +235,12 @@ def paged_attention(
     padded_queries = jnp.pad(queries, ((0, QUERY_TILE), (0, 0), (0, 0)))
     out = lax.fori_loop(0, num_groups, token_group, jnp.zeros_like(padded_queries))
     return lax.fori_loop(0, metadata.num_tiles, tile, out)[:T]
+
+
+def _product(a: jax.Array, b: jax.Array, precision: lax.Precision | None) -> jax.Array:
+    """[R, K, Q, X] · [R, K, X, Y] → [R, K, Q, Y] float32."""
+    dimensions = (((3,), (2,)), ((0, 1), (0, 1)))
+    return lax.dot_general(a, b, dimensions, precision, preferred_element_type=jnp.float32)
 
 
 def _ceil_div(a: jax.Array, b: int) -> jax.Array:

@@ -8,7 +8,7 @@ if TYPE_CHECKING:  # the scheduler and the packing of steps want the numbers her
     import jax
 
 QUERY_TILE = 64  # tokens of one prefill tile
-MAX_UNTILED_TOKENS = 64  # batches up to this size are attended token by token, without tiles
+MAX_UNTILED_TOKENS = 32  # batches up to this size are attended token by token, without tiles
 
 
 class AttentionMetadata(NamedTuple):

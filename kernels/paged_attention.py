@@ -90,10 +90,19 @@ def _struct(shape: tuple[int, ...], dtype: Any) -> Any:
 
 def _plain_pool(shape: PoolShape, platform: str) -> jax.Array | QuantizedPool:
     """[N, 2, K, B, D]; scales [N, 2, K, B]. On CPU small floats are kept as their bits: blocked_attention says why."""
-    layout = (shape.num_blocks, 2, shape.num_kv_heads, shape.block_size)
-    dtype = storage_dtype(shape.dtype) if platform == "cpu" else shape.dtype
-    values = _struct((*layout, shape.head_dim), dtype)
-    return QuantizedPool(values, _struct(layout, jnp.float32)) if dtype.itemsize == 1 else values
+    return _pool_of((shape.num_blocks, 2, shape.num_kv_heads, shape.block_size, shape.head_dim), shape, platform)
+
+
+def _blocked_pool(shape: PoolShape, platform: str) -> jax.Array | QuantizedPool:
+    """[N, 2, K, B · D]; scales and dtype as in `_plain_pool`."""
+    return _pool_of(blocked_attention.pool_shape(*shape[:4]), shape, platform)
+
+
+def _pool_of(layout: tuple[int, ...], shape: PoolShape, platform: str) -> jax.Array | QuantizedPool:
+    values = _struct(layout, storage_dtype(shape.dtype) if platform == "cpu" else shape.dtype)
+    if values.dtype.itemsize == 1:
+        return QuantizedPool(values, _struct((*layout[:3], shape.block_size), jnp.float32))
+    return values
 
 
 def _pallas_tpu_pool(shape: PoolShape, _: str) -> jax.Array | QuantizedPool:
@@ -156,24 +165,23 @@ def _run_pallas_triton(r: Request) -> tuple[jax.Array, jax.Array | QuantizedPool
     )
 
 
-def _unsupported_by_plain_jax(request: Request) -> str | None:
-    pool = request.pool_values
-    _, K, D = request.keys.shape
-    if pool.ndim != 5 or pool.shape[1:3] != (2, K) or pool.shape[4] != D:
-        return f"the pool has shape {pool.shape}; it must be [N, 2, {K}, B, {D}]"
-    dtype = kv_dtype(pool.dtype)
-    if (dtype.itemsize == 1) != isinstance(request.kv_pool, QuantizedPool):
-        return f"a pool of {dtype.name} {'needs' if dtype.itemsize == 1 else 'takes no'} scales"
-    return None
-
-
 def _unsupported_by_blocked(request: Request, _: str) -> str | None:
     if request.soft_cap is not None:
         return "it has no soft cap"
     T, group = request.queries.shape[0], blocked_attention.TOKEN_GROUP
     if group < T and T % group:
         return f"{T} tokens are neither at most {group} nor a multiple of it"
-    return _unsupported_by_plain_jax(request)
+    pool, (_, K, D) = request.pool_values, request.keys.shape
+    if pool.ndim != 4 or pool.shape[1:3] != (2, K) or pool.shape[3] % D:
+        return f"the pool has shape {pool.shape}; it must be [N, 2, {K}, B · {D}]"
+    return _wrong_scales(request)
+
+
+def _wrong_scales(request: Request) -> str | None:
+    dtype = kv_dtype(request.pool_values.dtype)
+    if (dtype.itemsize == 1) != isinstance(request.kv_pool, QuantizedPool):
+        return f"a pool of {dtype.name} {'needs' if dtype.itemsize == 1 else 'takes no'} scales"
+    return None
 
 
 def _run_blocked(r: Request) -> tuple[jax.Array, jax.Array | QuantizedPool]:
@@ -186,7 +194,10 @@ def _run_blocked(r: Request) -> tuple[jax.Array, jax.Array | QuantizedPool]:
 
 
 def _unsupported_by_reference(request: Request, _: str) -> str | None:
-    return _unsupported_by_plain_jax(request)
+    pool, (_, K, D) = request.pool_values, request.keys.shape
+    if pool.ndim != 5 or pool.shape[1:3] != (2, K) or pool.shape[4] != D:
+        return f"the pool has shape {pool.shape}; it must be [N, 2, {K}, B, {D}]"
+    return _wrong_scales(request)
 
 
 def _run_reference(r: Request) -> tuple[jax.Array, jax.Array | QuantizedPool]:
@@ -209,7 +220,7 @@ BACKENDS = {  # in order of preference
         _plain_pool,
         _reachable_by_pallas_triton,
     ),
-    "blocked": Backend(("cpu", "gpu", "tpu"), _unsupported_by_blocked, _run_blocked, _plain_pool),
+    "blocked": Backend(("cpu", "gpu", "tpu"), _unsupported_by_blocked, _run_blocked, _blocked_pool),
     # gathers every token's whole context: memory for tests, not for serving
     "reference": Backend((), _unsupported_by_reference, _run_reference, _plain_pool),
 }
@@ -236,8 +247,8 @@ def paged_attention(
     Args:
         queries: [T, H, D].
         keys, values: [T, K, D], of this step's tokens.
-        kv_pool: [N, 2, K, B, D], or `pallas_tpu_layout.pool_shape(…)` on TPU; quantized, if it is a QuantizedPool.
-            Donate it, so that it is updated in place.
+        kv_pool: `pool_struct(…)` of the backend; quantized, if it is a QuantizedPool. Donate it, so that it is updated in
+            place.
         metadata: the ragged batch.
         scale: factor of the scores, usually D ** −0.5.
         sliding_window: tokens that a token sees, itself included; None: all before it.

@@ -1,4 +1,4 @@
-"""Streams of completions, as the load generators of scripts/bench_stall.py and scripts/bench_growth.py need them."""
+"""Streams of completions, as the load generators scripts/bench_stall.py, bench_growth.py and bench_peers.py need them."""
 
 from __future__ import annotations
 
@@ -35,7 +35,8 @@ class Client:
 
     async def stream(self, prompt: list[int], max_tokens: int, times: list[float]) -> None:
         """Stream a completion of exactly `max_tokens` tokens; the arrival of each is added to `times`
-        (`time.perf_counter()` seconds) at once. Cancelling ends the connection, and so the request.
+        (`time.perf_counter()` seconds) at once. Cancelling ends the connection, and so the request. Of a server
+        that does not say which tokens a chunk has (llama.cpp's), it is taken to have one.
 
         Raises:
             RuntimeError: the server does not answer with a stream, or ends it with an error.
@@ -58,7 +59,9 @@ class Client:
                     if "error" in chunk:
                         raise RuntimeError(chunk["error"]["message"])
                     now = time.perf_counter()
-                    times += [now for c in chunk["choices"] for _ in c.get("token_ids") or ()]
+                    for choice in chunk["choices"]:
+                        ids = choice.get("token_ids")
+                        times += [now] * (1 if ids is None else len(ids))
         finally:
             writer.close()
 

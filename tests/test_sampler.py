@@ -276,3 +276,11 @@ def test_more_rows_than_are_sampled_at_a_time_are_as_few(monkeypatch: pytest.Mon
     jax.clear_caches()
     at_once = run(logits, inputs_for(rows, **values), processed=True)
     jax.tree.map(np.testing.assert_array_equal, in_groups, at_once)
+
+
+@pytest.mark.parametrize("vocab_size", [384, 385])
+def test_the_likeliest_token_is_the_lowest_of_equals(vocab_size: int) -> None:
+    """Whether or not the vocabulary divides into groups of neighbours."""
+    rows = np.random.RandomState(0).randint(0, 4, (50, vocab_size)).astype(np.float32)
+    rows[0] = -np.inf
+    assert VocabShard(vocab_size).argmax(jnp.asarray(rows)).tolist() == rows.argmax(axis=-1).tolist()
