@@ -73,7 +73,7 @@ class TensorParallel:
 ONE_CHIP = TensorParallel()
 
 
-def _first_true(x: jax.Array) -> jax.Array:
+def first_true(x: jax.Array) -> jax.Array:
     """bool [S, n] → [S] int32; n where none is."""
     n = x.shape[-1]
     return jnp.min(jnp.where(x, jnp.arange(n, dtype=jnp.int32), n), axis=-1)
@@ -153,15 +153,15 @@ class VocabShard:
         return jnp.log(self.sum(jnp.exp(x - peak))) + peak
 
     def argmax(self, x: jax.Array) -> jax.Array:
-        """[S, V] → [S] int32, the lowest id on a tie: of the first group of neighbours with the largest member the first
-        such. XLA:CPU does not vectorize a maximum that carries its index along (ten times as slow)."""
+        """[S, V] → [S] int32, the lowest id on a tie: of the first group of neighbours with the largest member the
+        first such. XLA:CPU does not vectorize a maximum that carries its index along (ten times as slow)."""
         S, V = x.shape
         table = x.reshape(S, -1, NEIGHBOURS if V % NEIGHBOURS == 0 else V)
         members = jnp.max(table, axis=-1)
         peak = self.max(members)
-        group = _first_true(members == peak)
+        group = first_true(members == peak)
         inside = jnp.take_along_axis(table, group[:, None, None], axis=1, mode="clip")[:, 0]
-        offset = _first_true(inside == peak)
+        offset = first_true(inside == peak)
         index = self.first + group * table.shape[2] + offset
         found = jnp.where(offset < table.shape[2], index, self.size - 1)
         return self.group.min(jnp.minimum(found, self.size - 1))
@@ -174,15 +174,15 @@ class VocabShard:
         found = jnp.take_along_axis(x, jnp.maximum(index, 0), axis=-1, mode="promise_in_bounds")
         return self.group.max(jnp.where(index >= 0, found, -jnp.inf))
 
-    def top_k(self, x: jax.Array, k: int, local_top_k: TopK = lax.top_k) -> tuple[jax.Array, jax.Array]:
+    def top_k(self, x: jax.Array, k: int, top_k_of: TopK) -> tuple[jax.Array, jax.Array]:
         """[S, V] → (values [S, k], ids [S, k]), descending, the lower id first on a tie; k at most V. Each chip sends
-        no more than its own k best, which `local_top_k` finds."""
-        values, ids = local_top_k(x, min(k, self.num_local))
+        no more than its own k best, which `top_k_of` finds, there and of them all."""
+        values, ids = top_k_of(x, min(k, self.num_local))
         if self.group.size == 1:
             return values, ids
         # chips come in order of their ids, so that a tie is settled as it would be by one chip
         values, ids = (self.group.gather(part, axis=1) for part in (values, ids + self.first))
-        values, best = lax.top_k(values, k)
+        values, best = top_k_of(values, k)
         return values, jnp.take_along_axis(ids, best, axis=-1, mode="promise_in_bounds")
 
 

@@ -162,7 +162,7 @@ def _sampling_inputs(
         repetition=_floats(inputs["repetition"]),
         frequency=_floats(inputs["frequency"]),
         presence=_floats(inputs["presence"]),
-        normalize=inputs["is_beam"] > 0,
+        normalize=inputs["num_candidates"] > 0,
         block_tables=inputs["block_tables"],
         token_pool=token_pool,
         tables=tables,
@@ -177,6 +177,7 @@ def _sampling_inputs(
         choice=inputs["choice"],
         position=inputs["seq_lens"],
         num_logprobs=inputs["num_logprobs"],
+        num_candidates=inputs["num_candidates"],
         processors=processors,
     )
 

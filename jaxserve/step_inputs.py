@@ -79,7 +79,7 @@ class StepShape:
             "repetition": (S,),  # float32 bits, as frequency and presence
             "frequency": (S,),
             "presence": (S,),
-            "is_beam": (S,),
+            "num_candidates": (S,),  # of a beam
             # the token behind each token of a prompt whose logprobs are wanted, and where those tokens are
             "prompt_targets": (T if self.prompt_logprobs else 0,),
             "prompt_tokens": (T if self.prompt_logprobs else 0,),
@@ -237,5 +237,5 @@ def _pack_processors(inputs: Inputs, s: int, row: ScheduledRow, slots: SlotLooku
         inputs["repetition"][s] = params.repetition_penalty
         inputs["frequency"][s], inputs["presence"][s] = params.frequency_penalty, params.presence_penalty
     if params.use_beam_search:
-        inputs["is_beam"][s] = 1
+        inputs["num_candidates"][s] = 2 * params.num_sequences  # half of them may end
     return bool(slot) or params.has_penalties or params.use_beam_search

@@ -6,8 +6,9 @@ single tokens are taken TOKEN_GROUP at a time up to the longest context among th
 QUERY_TILE tokens up to their own end. A chunk that is masked out whole changes no bit of the result, so a
 token's result does not depend on its neighbours.
 
-The pool is [N, 2, K, B · D]: a block's values are [B, D], its keys are stored transposed, [D, B]. So both are what XLA:CPU
-multiplies with as they are; keys as [B, D] it transposes anew in every product, which takes as long as the rest of it.
+The pool is [N, 2, K, B · D]: a block's values are [B, D], its keys are stored transposed, [D, B]. So both are what
+XLA:CPU multiplies with as they are; keys as [B, D] it transposes anew in every product, which takes as long as the
+rest of it.
 """
 
 from __future__ import annotations
@@ -61,7 +62,9 @@ def write_kv(
     B = (kv_pool.values if isinstance(kv_pool, QuantizedPool) else kv_pool).shape[3] // D
     blocks, offsets = lax.div(slot_mapping, jnp.int32(B)), lax.rem(slot_mapping, jnp.int32(B))
 
-    def write(pool: jax.Array, rows: jax.Array, column: Callable[[jax.Array], tuple[jax.Array | int, ...]]) -> jax.Array:
+    def write(
+        pool: jax.Array, rows: jax.Array, column: Callable[[jax.Array], tuple[jax.Array | int, ...]]
+    ) -> jax.Array:
         """Put each token's `rows` [T, …] where its block, and in it `column` of its offset, is."""
 
         def put(t: jax.Array, pool: jax.Array) -> jax.Array:
@@ -158,7 +161,9 @@ def paged_attention(
         if num_blocks > 1:
             keys = keys.transpose(0, 1, 3, 2, 4)
         # few rows a product: XLA:CPU is faster in float32 there
-        keys, values = (reinterpret(x, dtype).astype(tile_dtype if tiled else jnp.float32) for x in (keys, values))
+        keys, values = (
+            reinterpret(x, dtype).astype(tile_dtype if tiled else jnp.float32) for x in (keys, values)
+        )
         return keys.reshape(R, K, D, num_blocks * B), values.reshape(R, K, num_blocks * B, D)
 
     def attend(

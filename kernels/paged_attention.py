@@ -90,7 +90,9 @@ def _struct(shape: tuple[int, ...], dtype: Any) -> Any:
 
 def _plain_pool(shape: PoolShape, platform: str) -> jax.Array | QuantizedPool:
     """[N, 2, K, B, D]; scales [N, 2, K, B]. On CPU small floats are kept as their bits: blocked_attention says why."""
-    return _pool_of((shape.num_blocks, 2, shape.num_kv_heads, shape.block_size, shape.head_dim), shape, platform)
+    return _pool_of(
+        (shape.num_blocks, 2, shape.num_kv_heads, shape.block_size, shape.head_dim), shape, platform
+    )
 
 
 def _blocked_pool(shape: PoolShape, platform: str) -> jax.Array | QuantizedPool:
@@ -171,7 +173,8 @@ def _unsupported_by_blocked(request: Request, _: str) -> str | None:
     T, group = request.queries.shape[0], blocked_attention.TOKEN_GROUP
     if group < T and T % group:
         return f"{T} tokens are neither at most {group} nor a multiple of it"
-    pool, (_, K, D) = request.pool_values, request.keys.shape
+    pool = request.pool_values
+    K, D = request.keys.shape[1:]
     if pool.ndim != 4 or pool.shape[1:3] != (2, K) or pool.shape[3] % D:
         return f"the pool has shape {pool.shape}; it must be [N, 2, {K}, B · {D}]"
     return _wrong_scales(request)
@@ -194,7 +197,8 @@ def _run_blocked(r: Request) -> tuple[jax.Array, jax.Array | QuantizedPool]:
 
 
 def _unsupported_by_reference(request: Request, _: str) -> str | None:
-    pool, (_, K, D) = request.pool_values, request.keys.shape
+    pool = request.pool_values
+    K, D = request.keys.shape[1:]
     if pool.ndim != 5 or pool.shape[1:3] != (2, K) or pool.shape[4] != D:
         return f"the pool has shape {pool.shape}; it must be [N, 2, {K}, B, {D}]"
     return _wrong_scales(request)
@@ -247,8 +251,8 @@ def paged_attention(
     Args:
         queries: [T, H, D].
         keys, values: [T, K, D], of this step's tokens.
-        kv_pool: `pool_struct(…)` of the backend; quantized, if it is a QuantizedPool. Donate it, so that it is updated in
-            place.
+        kv_pool: as `pool_struct(…)` of the backend; quantized, if it is a QuantizedPool. Donate it, so that it is
+            updated in place.
         metadata: the ragged batch.
         scale: factor of the scores, usually D ** −0.5.
         sliding_window: tokens that a token sees, itself included; None: all before it.

@@ -1,4 +1,4 @@
-"""Streams of completions, as the load generators scripts/bench_stall.py, bench_growth.py and bench_peers.py need them."""
+"""Streams of completions, as the load generators bench_stall.py, bench_growth.py and bench_peers.py need them."""
 
 from __future__ import annotations
 

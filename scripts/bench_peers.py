@@ -94,7 +94,7 @@ def main() -> None:
                 found[server.name][key].append(value)
                 print(f"turn {turn + 1}, {server.name}: {key[0]} {value:.1f} {key[1]}", flush=True)
     print()
-    print_table([server.name for server in args.servers], found, args.load)
+    print_table([server.name for server in args.servers], found)
     print()
     for name, values in limits.items():
         print(f"{name}: {spread(values)}")
@@ -210,9 +210,7 @@ def machine_limits() -> dict[str, float]:
     }
 
 
-def print_table(
-    names: list[str], found: dict[str, dict[tuple[str, str], list[float]]], loads: list[str]
-) -> None:
+def print_table(names: list[str], found: dict[str, dict[tuple[str, str], list[float]]]) -> None:
     first = names[0]
     print(f"| load | {first} | " + " | ".join(f"{name} | ratio" for name in names[1:]) + " |")
     print("| --- " * (2 * len(names)) + "|")

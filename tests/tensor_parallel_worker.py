@@ -32,9 +32,9 @@ def write_config(directory: Path, num_kv_heads: int) -> str:
     """A model of random weights; its directory."""
     path = directory / f"{num_kv_heads} kv heads"
     path.mkdir(exist_ok=True)
-    # two heads on each of 8 devices: alone, XLA:CPU sums one in another order, and the last bit decides what int8 a
+    # four heads on each of 8 devices: of fewer, XLA:CPU sums in another order, and the last bit decides what int8 a
     # number on the brink becomes
-    num_heads = 16 if num_kv_heads == 8 else 8
+    num_heads = 32 if num_kv_heads == 8 else 8
     config = {
         "architectures": ["LlamaForCausalLM"],
         "hidden_size": 8 * num_heads,

@@ -273,7 +273,12 @@ def test_none_fits_and_every_backend_says_why() -> None:
         ("pallas_triton", {}, "cpu", "it runs on GPU, this is cpu"),
         ("pallas_triton", {"layout": "tpu"}, "gpu", r"it must be \[N, 2, K, B, 64\]"),
         ("blocked", {"layout": "unscaled"}, "cpu", "a pool of int8 needs scales"),
-        ("blocked", {"layout": "blocked", "num_tokens": 17}, "cpu", "17 tokens are neither at most 16 nor a multiple of it"),
+        (
+            "blocked",
+            {"layout": "blocked", "num_tokens": 17},
+            "cpu",
+            "17 tokens are neither at most 16 nor a multiple of it",
+        ),
         ("blocked", {"layout": "tpu"}, "tpu", r"it must be \[N, 2, 2, B · 64\]"),
         ("reference", {"layout": "tpu"}, "tpu", r"it must be \[N, 2, 2, B, 64\]"),
         (

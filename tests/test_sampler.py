@@ -30,6 +30,7 @@ def inputs_for(rows: int, **values: Any) -> SamplingInputs:
         "choice": (0, jnp.int32),
         "position": (0, jnp.int32),
         "num_logprobs": (-1, jnp.int32),
+        "num_candidates": (0, jnp.int32),
     }
     fields = {
         name: jnp.broadcast_to(jnp.asarray(values.get(name, default), dtype), (rows,))
@@ -123,7 +124,7 @@ def test_greedy_takes_the_lowest_id_on_a_tie_and_ignores_the_filters() -> None:
     assert out.token_ids.tolist() == [3, 299, 0]
 
 
-@pytest.mark.parametrize("vocab_size", [200, 5000], ids=["candidates cover it", "larger than the candidates"])
+@pytest.mark.parametrize("vocab_size", [200, 5000])
 @pytest.mark.parametrize(
     "filters",
     [
@@ -255,7 +256,6 @@ def test_sortable_integers_keep_the_order_of_floats(value: float) -> None:
     around = np.array([-np.inf, value, np.inf], np.float32)
     keys = np.asarray(sampler._sortable(jnp.asarray(around)))
     assert keys[0] < keys[1] < keys[2]
-    assert np.asarray(sampler._from_sortable(jnp.asarray(keys))).tolist() == around.tolist()
 
 
 def test_more_rows_than_are_sampled_at_a_time_are_as_few(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -284,3 +284,25 @@ def test_the_likeliest_token_is_the_lowest_of_equals(vocab_size: int) -> None:
     rows = np.random.RandomState(0).randint(0, 4, (50, vocab_size)).astype(np.float32)
     rows[0] = -np.inf
     assert VocabShard(vocab_size).argmax(jnp.asarray(rows)).tolist() == rows.argmax(axis=-1).tolist()
+
+
+@pytest.mark.parametrize("vocab_size", [100, 384, 385])
+@pytest.mark.parametrize("count", [0, 1, 7, 40])
+def test_the_likeliest_are_those_of_a_sort(vocab_size: int, count: int) -> None:
+    """In its order, the lowest of equal ids first; nothing behind those that are wanted."""
+    rows = np.random.RandomState(0).randint(0, 30, (20, vocab_size)).astype(np.float32)
+    rows[1, 50:] = -np.inf
+    values, ids = jax.jit(sampler.likeliest, static_argnums=1)(jnp.asarray(rows), 40, count=jnp.int32(count))
+    expected = np.argsort(-rows, axis=-1, kind="stable")[:, :count]
+    assert np.asarray(ids)[:, :count].tolist() == expected.tolist()
+    assert np.asarray(values)[:, :count].tolist() == np.take_along_axis(rows, expected, axis=1).tolist()
+    assert (np.asarray(values)[:, count:] == -np.inf).all()
+
+
+def test_of_equal_tokens_the_lowest_ids_are_kept() -> None:
+    """Where top-k or top-p cuts through equals."""
+    logits = np.zeros(300)
+    logits[[5, 200]] = 1.0
+    assert set(drawn_tokens(logits, 200, top_k=4)) == {5, 200, 0, 1}
+    mass = 2 * np.e / (2 * np.e + 298)
+    assert set(drawn_tokens(logits, 200, top_p=mass + 2.5 / (2 * np.e + 298))) == {5, 200, 0, 1, 2}

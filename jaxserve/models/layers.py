@@ -81,7 +81,8 @@ def matmul(x: jax.Array, weight: jax.Array) -> jax.Array:
     precision = lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
     if _is_narrow(x, weight) and current_platform() == "cpu":
         product = lax.dot_general(weight, x, CONTRACT_LAST, precision, preferred_element_type=jnp.float32)
-        return lax.optimization_barrier(product).T  # else XLA turns the product around again
+        turned: jax.Array = lax.optimization_barrier(product)  # else XLA turns the product around again
+        return turned.T
     return lax.dot_general(x, weight, CONTRACT_LAST, precision, preferred_element_type=jnp.float32)
 
 
