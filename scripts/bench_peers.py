@@ -9,7 +9,7 @@ stopped. Prompts are random token ids, the same for every server and others in e
 as many tokens as its load says. Between servers, while none runs, the machine's own limits are measured: how fast
 two threads read memory, and how fast JAX multiplies bfloat16 matrices. Prints each measurement as it comes, and at
 the end a Markdown table: medians over the turns, smallest and largest in brackets, and the ratio to the first server
-(above 1: better than it).
+(above 1: better than it). Of a server that counts them (jaxserve), also the programs compiled while it was measured.
 """
 
 from __future__ import annotations
@@ -111,10 +111,19 @@ def measured(server: Server, loads: list[str], seed: int) -> Figures:
         figures["start", "s to ready"] = seconds
         client = Client(f"http://127.0.0.1:{server.port}")
         asyncio.run(client.stream(client.prompt(16), 16, []))
+        compiled = compilations(client)
         for name in loads:
             for measure, value in asyncio.run(measured_load(client, LOADS[name], seed)).items():
                 figures[name, measure] = value
+        if compiled is not None:
+            figures["all", "programs compiled"] = (compilations(client) or 0.0) - compiled
     return figures
+
+
+def compilations(client: Client) -> float | None:
+    with contextlib.suppress(KeyError, OSError):
+        return client.metric("jaxserve:xla_compilations_total")
+    return None
 
 
 @contextlib.contextmanager
@@ -214,20 +223,29 @@ def print_table(names: list[str], found: dict[str, dict[tuple[str, str], list[fl
     first = names[0]
     print(f"| load | {first} | " + " | ".join(f"{name} | ratio" for name in names[1:]) + " |")
     print("| --- " * (2 * len(names)) + "|")
-    for load, measure in found[first]:
-        telling = load == "start" or LOADS[load].measure == measure
+    rows = dict.fromkeys(row for name in names for row in found[name])
+    for load, measure in rows:
+        telling = load not in LOADS or LOADS[load].measure == measure
         cells = [f"**{load}**, {measure}" if telling else f"{load}, {measure}"]
         for name in names:
             values = found[name][load, measure]
             cells.append(spread(values))
             if name != first:
-                ratio = statistics.median(values) / statistics.median(found[first][load, measure])
-                less = measure.endswith(LESS_IS_BETTER)
-                cells.append(f"{1 / ratio if less else ratio:.2f}")
+                cells.append(ratio(values, found[first][load, measure], measure))
         print("| " + " | ".join(cells) + " |")
 
 
+def ratio(values: list[float], others: list[float], measure: str) -> str:
+    """Of the medians, above 1 where `values` are the better ones; empty where one has none or is 0."""
+    ours, theirs = (statistics.median(v) if v else 0.0 for v in (values, others))
+    if not ours or not theirs:
+        return ""
+    return f"{theirs / ours if measure.endswith(LESS_IS_BETTER) else ours / theirs:.2f}"
+
+
 def spread(values: list[float]) -> str:
+    if not values:
+        return ""
     digits = 1 if min(values) < 100 else 0
     middle = f"{statistics.median(values):,.{digits}f}"
     return f"{middle} ({min(values):,.{digits}f} – {max(values):,.{digits}f})" if len(values) > 1 else middle
