@@ -130,7 +130,7 @@ class BlockManager:
         """Let `child` share all blocks of `parent`; whoever writes first into a shared block copies it."""
         child.block_table = list(parent.block_table)
         child.block_hashes = list(parent.block_hashes)
-        child.num_cached_tokens = parent.num_cached_tokens
+        child.num_cached_tokens, child.num_prefix_tokens = parent.num_cached_tokens, parent.num_prefix_tokens
         child.num_computed_tokens = parent.num_computed_tokens
         child.num_published_blocks = parent.num_published_blocks
         for block in child.block_table:

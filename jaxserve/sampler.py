@@ -1,7 +1,7 @@
 """Logits → tokens and log-probabilities: pure functions inside the jitted step; every option is data.
 
-Nothing here sorts the vocabulary. Candidates come from one `top_k`; where they do not cover a row's top-p or
-top-k set, the row's threshold is found by bisection. A token is drawn by inverting the cumulative distribution
+Nothing here sorts the vocabulary. A row's top-k and top-p sets are found by a radix select over the bits of its
+logits, the candidates of beams one after the other. A token is drawn by inverting the cumulative distribution
 with one uniform number per row, so that a draw is a function of (seed, choice, position) and the row's own
 logits alone. Work that no row asks for is skipped at run time.
 
@@ -23,7 +23,7 @@ from jax.extend.random import threefry2x32_p
 
 from jaxserve.logits_processors import ProcessorInputs, process_logits
 from jaxserve.sampling_params import GREEDY_EPSILON
-from jaxserve.sharding import NEIGHBOURS, VOCAB_ROWS, VocabShard, count_true, first_true
+from jaxserve.sharding import VOCAB_GROUP, VOCAB_ROWS, VocabShard, count_true, first_true
 
 NUM_BEAM_CANDIDATES = 256  # twice the widest beam search
 NO_TOKEN = -1  # sampled where no token is possible
@@ -81,7 +81,7 @@ def sample(
         processed_logprobs: report the distribution that was sampled from instead of the raw one; static.
     """
     S = logits.shape[0]
-    num_candidates = min(NUM_BEAM_CANDIDATES, vocab.size)
+    max_candidates = min(NUM_BEAM_CANDIDATES, vocab.size)
 
     def draw() -> tuple[jax.Array, jax.Array | None, jax.Array]:
         inputs = read()
@@ -92,7 +92,7 @@ def sample(
         def draw_rows(
             scaled: jax.Array, logits: jax.Array, filters: _Filters
         ) -> tuple[jax.Array, jax.Array | None, jax.Array]:
-            keep, candidates = _filtered(scaled, logits, filters, vocab, num_candidates)
+            keep, candidates = _filtered(scaled, logits, filters, vocab, max_candidates)
             drawn = _draw(scaled, keep, filters.uniform, vocab)
             token_ids = jnp.where(filters.random, drawn, vocab.argmax(scaled))
             possible = vocab.max(scaled)[:, 0] > -jnp.inf
@@ -104,7 +104,7 @@ def sample(
 
     def greedy() -> tuple[jax.Array, jax.Array | None, jax.Array]:
         reported = logits if processed_logprobs else None
-        return vocab.argmax(logits), reported, jnp.zeros((S, 3 * num_candidates), jnp.int32)
+        return vocab.argmax(logits), reported, jnp.zeros((S, 3 * max_candidates), jnp.int32)
 
     inputs = read()
     wanted = jnp.any(inputs.temperature >= GREEDY_EPSILON) | (inputs.processors.num_rows > 0)
@@ -165,7 +165,7 @@ def _by_row_groups(function: Callable[..., Any], *arrays: Any) -> Any:
 
 
 def _filtered(
-    scaled: jax.Array, logits: jax.Array, filters: _Filters, vocab: VocabShard, num_candidates: int
+    scaled: jax.Array, logits: jax.Array, filters: _Filters, vocab: VocabShard, max_candidates: int
 ) -> tuple[jax.Array, jax.Array]:
     """[S, V] mask of the tokens that may be drawn: top-k, top-p, min-p in this order; and the candidates of beams.
     `scaled`: processed and divided by the temperature."""
@@ -179,11 +179,11 @@ def _filtered(
     most = jnp.max(filters.num_candidates)
 
     def ranked() -> jax.Array:
-        values, ids = vocab.top_k(scaled, num_candidates, partial(likeliest, count=most))
+        values, ids = vocab.top_k(scaled, max_candidates, partial(likeliest, count=most))
         raw = vocab.take(logits, ids) - vocab.logsumexp(logits)
         return jnp.concatenate([ids, _bits(values), _bits(raw)], axis=1)
 
-    candidates = lax.cond(most > 0, ranked, lambda: jnp.zeros((len(scaled), 3 * num_candidates), jnp.int32))
+    candidates = lax.cond(most > 0, ranked, lambda: jnp.zeros((len(scaled), 3 * max_candidates), jnp.int32))
     return keep & (scaled >= peak + jnp.log(filters.min_p)[:, None]), candidates
 
 
@@ -213,10 +213,15 @@ def _smallest_set(
     """[S, V] mask of the largest keys, the lowest ids of equals, with a sum of `weights` (or a number) that reaches
     `target` [S, 1]; all of them where that is more than there is, or if it is not `wanted`.
 
+    The target is at least the smallest float, so that the largest key is always among them. On several chips every
+    number that a loop asks is the same on all: they sum up inside it.
+
     A radix select that settles a bit in each pass over the vocabulary: of the least key, then, if another has the same
     key, of the last id. It is as fast as a `top_k` of 1,024 on a CPU and exact for every set, and what it compiles
     to is small: for a TPU such a `top_k` takes most of a program's time to compile.
     """
+
+    target = jnp.maximum(target, jnp.finfo(jnp.float32).tiny)
 
     def total(mask: jax.Array) -> jax.Array:
         return vocab.sum(jnp.where(mask, 1.0 if weights is None else weights, 0.0))
@@ -254,8 +259,8 @@ def _smallest_set(
 
 
 def _sortable(x: jax.Array) -> jax.Array:
-    """float32 → uint32 that sorts the same way."""
-    bits = lax.bitcast_convert_type(x, jnp.uint32)
+    """float32 → uint32 that sorts the same way; −0 equals 0."""
+    bits = jnp.where(x == 0, jnp.uint32(0), lax.bitcast_convert_type(x, jnp.uint32))
     return jnp.where(bits >> 31 == 1, ~bits, bits | jnp.uint32(1 << 31))
 
 
@@ -337,44 +342,45 @@ def top_few(x: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
     these groups would hold one that goes before it.
     """
     S, V = x.shape
-    num_groups = -(-V // NEIGHBOURS)
+    num_groups = -(-V // VOCAB_GROUP)
     if num_groups <= k:
         values, ids = lax.top_k(x, k)
         return values, ids.astype(jnp.int32)
-    padding = ((0, 0), (0, num_groups * NEIGHBOURS - V))
-    table = jnp.pad(x, padding, constant_values=-jnp.inf).reshape(S, num_groups, NEIGHBOURS)
+    padding = ((0, 0), (0, num_groups * VOCAB_GROUP - V))
+    table = jnp.pad(x, padding, constant_values=-jnp.inf).reshape(S, num_groups, VOCAB_GROUP)
     _, groups = lax.optimization_barrier(lax.top_k(jnp.max(table, axis=-1), k))
     groups = jnp.sort(groups, axis=-1).astype(jnp.int32)  # so that of equals the lowest id is the first one
     members = jnp.take_along_axis(table, groups[:, :, None], axis=1, mode="promise_in_bounds")
-    values, index = lax.optimization_barrier(lax.top_k(members.reshape(S, k * NEIGHBOURS), k))
-    group = jnp.take_along_axis(groups, index // NEIGHBOURS, axis=-1, mode="promise_in_bounds")
-    return values, group * NEIGHBOURS + index % NEIGHBOURS
+    values, index = lax.optimization_barrier(lax.top_k(members.reshape(S, k * VOCAB_GROUP), k))
+    group = jnp.take_along_axis(groups, index // VOCAB_GROUP, axis=-1, mode="promise_in_bounds")
+    return values, group * VOCAB_GROUP + index % VOCAB_GROUP
 
 
 def likeliest(x: jax.Array, k: int, *, count: jax.Array) -> tuple[jax.Array, jax.Array]:
     """(values, ids) of the `count` largest of each row, [S, k] each, as `lax.top_k`; behind them −inf and 0.
+    Of elements that are −inf the ids mean nothing.
 
     One after the other: the largest of what comes behind the one before it. Only the largest of each group of
     neighbours are looked at, and the group from which one was taken. So it costs what is wanted, and next to nothing
     to compile.
     """
     S, V = x.shape
-    num_groups = -(-V // NEIGHBOURS)
-    padding = ((0, 0), (0, num_groups * NEIGHBOURS - V))
-    table = jnp.pad(x, padding, constant_values=-jnp.inf).reshape(S, num_groups, NEIGHBOURS)
-    inside, groups = jnp.arange(NEIGHBOURS, dtype=jnp.int32), jnp.arange(num_groups, dtype=jnp.int32)
+    num_groups = -(-V // VOCAB_GROUP)
+    padding = ((0, 0), (0, num_groups * VOCAB_GROUP - V))
+    table = jnp.pad(x, padding, constant_values=-jnp.inf).reshape(S, num_groups, VOCAB_GROUP)
+    inside, groups = jnp.arange(VOCAB_GROUP, dtype=jnp.int32), jnp.arange(num_groups, dtype=jnp.int32)
 
     def take_next(i: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         peaks, last, last_id, values, ids = carry  # peaks: of each group's members behind the last one taken
         value = jnp.max(peaks, axis=-1, keepdims=True)
         group = jnp.minimum(first_true(peaks == value), num_groups - 1)[:, None]
         members = jnp.take_along_axis(table, group[:, :, None], axis=1, mode="promise_in_bounds")[:, 0]
-        member_ids = group * NEIGHBOURS + inside
+        member_ids = group * VOCAB_GROUP + inside
         left = (members < last) | ((members == last) & (member_ids > last_id))
-        taken = jnp.minimum(first_true(left & (members == value)), NEIGHBOURS - 1)[:, None]
+        taken = jnp.minimum(first_true(left & (members == value)), VOCAB_GROUP - 1)[:, None]
         left &= inside != taken
         rest = jnp.max(jnp.where(left, members, -jnp.inf), axis=-1, keepdims=True)
-        token_id = group * NEIGHBOURS + taken
+        token_id = group * VOCAB_GROUP + taken
         return (
             jnp.where(groups == group, rest, peaks),
             value,

@@ -260,14 +260,15 @@ class Scheduler:
         num_cached = self.block_manager.take_cached_prefix(sequence) if looked_up else 0
         if sequence.siblings and sequence.num_tokens_to_schedule == 0:  # nothing left to compute together
             self._fork_siblings(sequence)
-        if looked_up and sequence.scheduled_at is None:
-            sequence.num_cached_tokens = num_cached
+        if looked_up:
+            sequence.num_prefix_tokens = num_cached
         wanted = self._paced(sequence, sequence.num_tokens_to_schedule)
         enough = self._make_room(sequence)
         if enough and wanted and (wanted <= budget or self.config.enable_chunked_prefill):
             copies = self.block_manager.allocate(sequence, min(wanted, budget))
             if copies is not None:
                 if looked_up and sequence.scheduled_at is None:
+                    sequence.num_cached_tokens = num_cached
                     self.block_manager.count_lookup(len(sequence), num_cached)
                 return ScheduledRow(sequence, min(wanted, budget), copies)
         if num_cached:
@@ -277,7 +278,7 @@ class Scheduler:
     def _paced(self, sequence: Sequence, num_tokens: int) -> int:
         """How many of a sequence's next tokens a step may compute: while others decode, only so many of prompts that
         take several steps anyway, which share them."""
-        is_long = len(sequence) - sequence.num_cached_tokens > self.config.max_num_batched_tokens
+        is_long = len(sequence) - sequence.num_prefix_tokens > self.config.max_num_batched_tokens
         if num_tokens <= 1 or not is_long or not self.config.long_prefill_token_threshold:
             return num_tokens
         if not any(s.num_tokens_to_schedule <= 1 for s in self.running):

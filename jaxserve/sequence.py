@@ -34,6 +34,7 @@ class Sequence:
         sampled_row: row of the sequence in the last step that sampled from it.
         num_published_blocks: leading blocks that the prefix cache has been told of.
         num_cached_tokens: prompt tokens whose KV came from the prefix cache when it was first scheduled.
+        num_prefix_tokens: what the prefix cache had when it was last asked; less, once it has been preempted.
         siblings: sequences of the same request that have not been forked off yet. They join once everything
             but the last prompt token is computed, sharing this sequence's blocks.
         constraint: where the text is in what it must be; None if it is free.
@@ -45,8 +46,8 @@ class Sequence:
     __slots__ = (
         "__weakref__", "_params_need_values", "block_hashes", "block_table", "cache_salt", "constraint",
         "eos_token_ids", "finish_reason", "index", "max_len",
-        "num_cached_tokens", "num_computed_tokens", "num_pending_tokens", "num_prompt_tokens", "num_published_blocks",
-        "num_rated_tokens", "order", "params", "request_id", "sampled_row", "scheduled_at", "seed", "siblings",
+        "num_cached_tokens", "num_computed_tokens", "num_pending_tokens", "num_prefix_tokens", "num_prompt_tokens",
+        "num_published_blocks", "num_rated_tokens", "order", "params", "request_id", "sampled_row", "scheduled_at", "seed", "siblings",
         "status", "stop_reason", "token_ids",
     )  # fmt: skip
 
@@ -79,7 +80,7 @@ class Sequence:
         self.num_pending_tokens = 0
         self.num_published_blocks = 0
         self.sampled_row = 0
-        self.num_cached_tokens = 0
+        self.num_cached_tokens = self.num_prefix_tokens = 0
         self.constraint: TextConstraint | None = None
         self.num_rated_tokens = 1
         self.siblings: list[Sequence] = []

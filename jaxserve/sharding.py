@@ -28,7 +28,7 @@ from jaxserve.models.config import ModelConfig
 from jaxserve.weight_layouts import weight_layout
 
 AXIS = "tp"
-NEIGHBOURS = 128  # tokens of which only the largest is looked at first
+VOCAB_GROUP = 128  # tokens of which only the largest is looked at first
 VOCAB_ROWS = 128  # rows of the table [VOCAB_ROWS, columns] that the vocabulary is drawn from
 
 TopK = Callable[[jax.Array, int], tuple[jax.Array, jax.Array]]
@@ -64,10 +64,6 @@ class TensorParallel:
     def gather(self, x: jax.Array, axis: int) -> jax.Array:
         """The chips' arrays end to end along `axis`."""
         return x if self.size == 1 else lax.all_gather(x, AXIS, axis=axis, tiled=True)
-
-    def agree(self, predicate: jax.Array) -> jax.Array:
-        """True if it is on every chip: chips must take the same branch where the branch talks to the others."""
-        return predicate if self.size == 1 else lax.pmin(predicate.astype(jnp.int32), AXIS) > 0
 
 
 ONE_CHIP = TensorParallel()
@@ -156,7 +152,7 @@ class VocabShard:
         """[S, V] → [S] int32, the lowest id on a tie: of the first group of neighbours with the largest member the
         first such. XLA:CPU does not vectorize a maximum that carries its index along (ten times as slow)."""
         S, V = x.shape
-        table = x.reshape(S, -1, NEIGHBOURS if V % NEIGHBOURS == 0 else V)
+        table = x.reshape(S, -1, VOCAB_GROUP if V % VOCAB_GROUP == 0 else V)
         members = jnp.max(table, axis=-1)
         peak = self.max(members)
         group = first_true(members == peak)

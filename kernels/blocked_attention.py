@@ -1,6 +1,6 @@
 """Paged attention in plain XLA: portable, and the fast path on CPU.
 
-FlashAttention's online softmax (Dao et al. 2022, algorithm 1) over chunks of KV_CHUNK tokens. The loops' trip
+FlashAttention's online softmax (Dao et al. 2022, algorithm 1) over chunks of tokens. The loops' trip
 counts are data, so that one program serves every context length and costs what the batch at hand needs:
 single tokens are taken TOKEN_GROUP at a time up to the longest context among them, longer rows in tiles of
 QUERY_TILE tokens up to their own end. A chunk that is masked out whole changes no bit of the result, so a
@@ -144,7 +144,8 @@ def paged_attention(
     B, M = size // D, metadata.block_tables.shape[1]
     G = H // K
     group = min(TOKEN_GROUP, T)
-    # rows of (block, k-or-v, head): one gather brings [.., K, blocks, …] without a transpose
+    # rows of (block, k-or-v, head): a gather brings [.., K, blocks, …], of which only keys of several blocks need a
+    # transpose
     key_rows, value_rows = pool.reshape(-1, D, B), pool.reshape(-1, B, D)
     scale_rows = None if scales is None else scales.reshape(-1, B)
     heads = jnp.arange(K, dtype=jnp.int32)

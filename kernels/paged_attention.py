@@ -89,7 +89,7 @@ def _struct(shape: tuple[int, ...], dtype: Any) -> Any:
 
 
 def _plain_pool(shape: PoolShape, platform: str) -> jax.Array | QuantizedPool:
-    """[N, 2, K, B, D]; scales [N, 2, K, B]. On CPU small floats are kept as their bits: blocked_attention says why."""
+    """[N, 2, K, B, D]; scales [N, 2, K, B]."""
     return _pool_of(
         (shape.num_blocks, 2, shape.num_kv_heads, shape.block_size, shape.head_dim), shape, platform
     )
@@ -101,6 +101,7 @@ def _blocked_pool(shape: PoolShape, platform: str) -> jax.Array | QuantizedPool:
 
 
 def _pool_of(layout: tuple[int, ...], shape: PoolShape, platform: str) -> jax.Array | QuantizedPool:
+    # on CPU small floats are kept as their bits: blocked_attention says why
     values = _struct(layout, storage_dtype(shape.dtype) if platform == "cpu" else shape.dtype)
     if values.dtype.itemsize == 1:
         return QuantizedPool(values, _struct((*layout[:3], shape.block_size), jnp.float32))

@@ -36,7 +36,7 @@ class Client:
     async def stream(self, prompt: list[int], max_tokens: int, times: list[float]) -> None:
         """Stream a completion of exactly `max_tokens` tokens; the arrival of each is added to `times`
         (`time.perf_counter()` seconds) at once. Cancelling ends the connection, and so the request. Of a server
-        that does not say which tokens a chunk has (llama.cpp's), it is taken to have one.
+        that does not say which tokens a chunk has (llama.cpp's), one with text is taken to have one.
 
         Raises:
             RuntimeError: the server does not answer with a stream, or ends it with an error.
@@ -61,7 +61,7 @@ class Client:
                     now = time.perf_counter()
                     for choice in chunk["choices"]:
                         ids = choice.get("token_ids")
-                        times += [now] * (1 if ids is None else len(ids))
+                        times += [now] * (bool(choice.get("text")) if ids is None else len(ids))
         finally:
             writer.close()
 

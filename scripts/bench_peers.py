@@ -5,11 +5,11 @@
         'jaxserve=8000=python -m jaxserve.api --model DIR --served-model-name smollm2 --port 8000'
 
 In each turn every server is started, answers one request to warm up, then the loads one after the other, and is
-stopped. Prompts are random token ids, the same for every server and others in every turn; every answer has exactly
-as many tokens as its load says. Between servers, while none runs, the machine's own limits are measured: how fast
-two threads read memory, and how fast JAX multiplies bfloat16 matrices. Prints each measurement as it comes, and at
-the end a Markdown table: medians over the turns, smallest and largest in brackets, and the ratio to the first server
-(above 1: better than it). Of a server that counts them (jaxserve), also the programs compiled while it was measured.
+stopped. Prompts are random token ids, the same for every server and others in every turn and load; every answer has
+exactly as many tokens as its load says. Between servers, while none runs, the machine's own limits are measured: how
+fast all processors read memory, and how fast JAX multiplies bfloat16 matrices. Prints each measurement as it comes,
+and at the end a Markdown table: medians over the turns, smallest and largest in brackets, and the ratio to the first
+server (above 1: better than it). Of a server that counts them (jaxserve), also the programs compiled meanwhile.
 """
 
 from __future__ import annotations
@@ -113,7 +113,7 @@ def measured(server: Server, loads: list[str], seed: int) -> Figures:
         asyncio.run(client.stream(client.prompt(16), 16, []))
         compiled = compilations(client)
         for name in loads:
-            for measure, value in asyncio.run(measured_load(client, LOADS[name], seed)).items():
+            for measure, value in asyncio.run(measured_load(client, name, seed)).items():
                 figures[name, measure] = value
         if compiled is not None:
             figures["all", "programs compiled"] = (compilations(client) or 0.0) - compiled
@@ -129,6 +129,8 @@ def compilations(client: Client) -> float | None:
 @contextlib.contextmanager
 def running(server: Server) -> Iterator[float]:
     """The server, from its start until it has ended; gives the seconds until it was ready."""
+    if answers(server.port):
+        raise RuntimeError(f"{server.name}: something answers on port {server.port} already")
     with tempfile.TemporaryFile() as log:
         started = time.perf_counter()
         process = subprocess.Popen(server.command, stdout=log, stderr=log, start_new_session=True)
@@ -142,11 +144,11 @@ def running(server: Server) -> Iterator[float]:
             yield time.perf_counter() - started
         finally:
             process.send_signal(signal.SIGTERM)
-            try:
+            with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(STOP_S)
-            except subprocess.TimeoutExpired:
+            with contextlib.suppress(ProcessLookupError):  # what is left of it
                 os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
+            process.wait()
 
 
 def answers(port: int) -> bool:
@@ -162,8 +164,14 @@ def tail(log: IO[bytes]) -> str:
     return "\n".join(log.read().decode(errors="replace").splitlines()[-20:])
 
 
-async def measured_load(client: Client, load: Load, seed: int) -> dict[str, float]:
-    rng = random.Random(seed)
+async def measured_load(client: Client, name: str, seed: int) -> dict[str, float]:
+    """Figures of a load, by measure.
+
+    Raises:
+        RuntimeError: an answer has another number of tokens than was asked for.
+    """
+    load = LOADS[name]
+    rng = random.Random(f"{name} {seed}")  # no load's prompts begin like another's: caches would find them
     prefix = rng.choices(TOKEN_IDS, k=load.shared)
     waiting = [prefix + rng.choices(TOKEN_IDS, k=load.prompt - load.shared) for _ in range(load.requests)]
     ends: list[tuple[float, list[float]]] = []
@@ -177,6 +185,8 @@ async def measured_load(client: Client, load: Load, seed: int) -> dict[str, floa
     started = time.perf_counter()
     await asyncio.gather(*(stream() for _ in range(load.concurrency)))
     seconds = time.perf_counter() - started
+    if wrong := {len(times) for _, times in ends} - {load.tokens}:
+        raise RuntimeError(f"{name}: answers of {sorted(wrong)} tokens instead of {load.tokens}")
     firsts = [1000 * (times[0] - begun) for begun, times in ends]
     figures = {
         "output tok/s": load.requests * load.tokens / seconds,

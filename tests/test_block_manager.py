@@ -378,6 +378,25 @@ def test_short_prompts_are_computed_beside_a_long_one_and_long_ones_share() -> N
     assert names(scheduler.waiting) == ["other", "behind"]
 
 
+def test_what_is_cached_does_not_make_a_prompt_long() -> None:
+    """Nor is it short any more once it has been preempted and its blocks are gone."""
+    scheduler = make_scheduler(**PACED)
+    scheduler.add(make_sequence("before", [1] * 13, max_tokens=1))
+    for _ in range(2):
+        run_step(scheduler)
+    scheduler.add(make_sequence("stream", [2, 2], max_tokens=40))
+    run_step(scheduler)
+    prompt = make_sequence("prompt", [1] * 12 + [2] * 6)
+    scheduler.add(prompt)
+    assert [row.num_tokens for row in run_step(scheduler).rows] == [1, 6]
+    scheduler._preempt(prompt)
+    manager = scheduler.block_manager
+    for block in [manager._take_free_block() for _ in range(manager.num_free_blocks)]:
+        manager._release(block)
+    assert [row.num_tokens for row in run_step(scheduler).rows] == [1, 4]
+    assert prompt.num_cached_tokens == 12
+
+
 PADDED: dict[str, Any] = {
     "num_blocks": 800,
     "budget": 256,

@@ -260,7 +260,7 @@ def test_sortable_integers_keep_the_order_of_floats(value: float) -> None:
 
 def test_more_rows_than_are_sampled_at_a_time_are_as_few(monkeypatch: pytest.MonkeyPatch) -> None:
     rng = np.random.RandomState(6)
-    rows, vocab_size = 72, 1100  # in groups of 8, of 64 and of 72
+    rows, vocab_size = 72, 1100  # in groups of 8, of 16 and of 72
     logits = rng.randn(rows, vocab_size) * 3
     values: Any = {
         "temperature": rng.choice([0.0, 0.7, 1.3], rows),
@@ -306,3 +306,15 @@ def test_of_equal_tokens_the_lowest_ids_are_kept() -> None:
     assert set(drawn_tokens(logits, 200, top_k=4)) == {5, 200, 0, 1}
     mass = 2 * np.e / (2 * np.e + 298)
     assert set(drawn_tokens(logits, 200, top_p=mass + 2.5 / (2 * np.e + 298))) == {5, 200, 0, 1, 2}
+
+
+@pytest.mark.parametrize("top_p", [1e-46, 1e-39, 1e-8])
+def test_however_small_top_p_is_the_likeliest_token_is_left(top_p: float) -> None:
+    logits = np.random.RandomState(0).randn(300)
+    assert set(drawn_tokens(logits, 20, top_p=top_p)) == {int(logits.argmax())}
+
+
+def test_zeros_of_either_sign_are_equal() -> None:
+    logits = np.full(300, -1.0)
+    logits[[3, 5]] = -0.0, 0.0
+    assert set(drawn_tokens(logits, 20, top_k=1)) == {3}

@@ -24,7 +24,7 @@ from jaxserve.sharding import ONE_CHIP, TensorParallel, VocabShard
 LayerIndex = int | jax.Array
 
 MAX_SUMMED_ROWS = 1 << 15
-NARROW_ROWS = (16, 64)
+SWAPPED_ROWS = (16, 64)
 REST_STEPS = 2 * INT8_MAX  # of which one rounding leaves at most half
 CONTRACT_LAST = (((1,), (1,)), ((), ()))
 
@@ -79,17 +79,17 @@ def matmul(x: jax.Array, weight: jax.Array) -> jax.Array:
         # one row is bound by reading the weights: a sum reads them as they are, a product repacks them first
         return jnp.sum(weight.astype(jnp.float32) * x[0].astype(jnp.float32)[None, :], axis=1)[None]
     precision = lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
-    if _is_narrow(x, weight) and current_platform() == "cpu":
+    if _swaps_operands(x, weight) and current_platform() == "cpu":
         product = lax.dot_general(weight, x, CONTRACT_LAST, precision, preferred_element_type=jnp.float32)
-        turned: jax.Array = lax.optimization_barrier(product)  # else XLA turns the product around again
-        return turned.T
+        swapped: jax.Array = lax.optimization_barrier(product)  # else XLA swaps them back
+        return swapped.T
     return lax.dot_general(x, weight, CONTRACT_LAST, precision, preferred_element_type=jnp.float32)
 
 
-def _is_narrow(x: jax.Array, weight: jax.Array) -> bool:
+def _swaps_operands(x: jax.Array, weight: jax.Array) -> bool:
     """Whether XLA:CPU is faster with x transposed: it packs what is on the right, and here that is smaller."""
     (outputs, inputs), rows = weight.shape, x.shape[0]
-    return x.dtype != jnp.float32 and outputs < inputs and NARROW_ROWS[0] <= rows <= NARROW_ROWS[1]
+    return x.dtype != jnp.float32 and outputs < inputs and SWAPPED_ROWS[0] <= rows <= SWAPPED_ROWS[1]
 
 
 class Linear(nnx.Module):
