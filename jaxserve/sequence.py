@@ -45,9 +45,9 @@ class Sequence:
 
     __slots__ = (
         "__weakref__", "_params_need_values", "block_hashes", "block_table", "cache_salt", "constraint",
-        "eos_token_ids", "finish_reason", "index", "max_len",
-        "num_cached_tokens", "num_computed_tokens", "num_pending_tokens", "num_prefix_tokens", "num_prompt_tokens",
-        "num_published_blocks", "num_rated_tokens", "order", "params", "request_id", "sampled_row", "scheduled_at", "seed", "siblings",
+        "eos_token_ids", "finish_reason", "index", "max_len", "num_cached_tokens", "num_computed_tokens",
+        "num_pending_tokens", "num_prefix_tokens", "num_prompt_tokens", "num_published_blocks",
+        "num_rated_tokens", "order", "params", "request_id", "sampled_row", "scheduled_at", "seed", "siblings",
         "status", "stop_reason", "token_ids",
     )  # fmt: skip
 

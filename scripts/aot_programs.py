@@ -31,6 +31,7 @@ BLOCK_SIZES = {"tpu": 128, "gpu": 32}
 KERNEL_POOL_BYTES = 5 << 30  # more than Triton's 32-bit offsets reach; only shapes, nothing is allocated
 MAX_NUM_SEQS = 256
 SMALL_NUM_SEQS, SMALL_POOL_BYTES = 64, 8 << 30  # sequences at once where there is room for few
+SMALL_NUM_TOKENS = 512
 USEFUL_POOL_BYTES = 2 << 30  # the least that a model is served with
 MEMORY_UTILIZATION = 0.9  # the engine's default
 RESERVED_BYTES = 1 << 30  # of a device, for programs and temporaries
@@ -341,16 +342,14 @@ class Step:
 
 
 def quick_steps(memory: int) -> Iterator[Step]:
-    """The smallest program of a small model and the largest of a large one, each cut to a few layers."""
+    """The smallest program of a small model and a large model's for prompts, each cut to a few layers."""
     small, *large = (
         Model(name, quantized, num_layers=QUICK_LAYERS)
         for name, quantized in (("SmolLM2-135M", False), ("Llama-3.1-8B", False), ("Llama-3.1-8B", True))
     )
     yield Step(model=small, num_tokens=16, decode_only=True)
-    *_, largest = _steps(
-        next(model for model in large if model.pool_bytes(memory) >= USEFUL_POOL_BYTES), memory
-    )
-    yield largest
+    model = next(model for model in large if model.pool_bytes(memory) >= USEFUL_POOL_BYTES)
+    yield Step(model=model, num_tokens=SMALL_NUM_TOKENS, max_num_seqs=SMALL_NUM_SEQS)
 
 
 def all_steps(memory: int, num_devices: int, num_layers: int | None) -> Iterator[Step]:
@@ -371,6 +370,6 @@ def all_steps(memory: int, num_devices: int, num_layers: int | None) -> Iterator
 def _steps(model: Model, memory: int) -> Iterator[Step]:
     # where there is little room, large steps would take much of it for their temporaries
     little = model.pool_bytes(memory) < SMALL_POOL_BYTES
-    max_num_seqs, largest = (SMALL_NUM_SEQS, 512) if little else (MAX_NUM_SEQS, 2048)
+    max_num_seqs, largest = (SMALL_NUM_SEQS, SMALL_NUM_TOKENS) if little else (MAX_NUM_SEQS, 2048)
     yield Step(model=model, num_tokens=max_num_seqs, max_num_seqs=max_num_seqs, decode_only=True)
     yield Step(model=model, num_tokens=largest, max_num_seqs=max_num_seqs)
