@@ -217,8 +217,8 @@ def _smallest_set(
     number that a loop asks is the same on all: they sum up inside it.
 
     A radix select that settles a bit in each pass over the vocabulary: of the least key, then, if another has the same
-    key, of the last id. It is as fast as a `top_k` of 1,024 on a CPU and exact for every set, and what it compiles
-    to is small: for a TPU such a `top_k` takes most of a program's time to compile.
+    key, of the last id. It is exact for every set, and small: a `top_k` of 1,024 saves a CPU 2 ms of a step of 16 rows,
+    and takes most of the time in which a program is compiled for a TPU.
     """
 
     target = jnp.maximum(target, jnp.finfo(jnp.float32).tiny)

@@ -65,6 +65,25 @@ class Client:
         finally:
             writer.close()
 
+    async def complete(
+        self, prompts: list[list[int]], max_tokens: int, concurrency: int
+    ) -> list[tuple[float, list[float]]]:
+        """All prompts as in `stream`, so many at a time: whoever ends is followed by the next.
+
+        Returns:
+            When each began, and when its tokens came.
+        """
+        waiting, ends = list(prompts), list[tuple[float, list[float]]]()
+
+        async def one_after_the_other() -> None:
+            while waiting:
+                times: list[float] = []
+                ends.append((time.perf_counter(), times))
+                await self.stream(waiting.pop(), max_tokens, times)
+
+        await asyncio.gather(*(one_after_the_other() for _ in range(concurrency)))
+        return ends
+
     def metric(self, name: str) -> float:
         """The value of a metric, labels aside; several lines of one name are added up.
 

@@ -89,15 +89,7 @@ async def measured(server: Server, concurrency: int, prompt_tokens: int, args: a
     """One row of the table."""
     client = server.client
     count = max(args.rounds * concurrency, args.least)
-    waiting = [client.prompt(prompt_tokens) for _ in range(count)]
-    ends: list[tuple[float, list[float]]] = []
-
-    async def stream() -> None:
-        while waiting:
-            times: list[float] = []
-            ends.append((time.perf_counter(), times))
-            await client.stream(waiting.pop(), args.max_tokens, times)
-
+    prompts = [client.prompt(prompt_tokens) for _ in range(count)]
     before, held, most = server.resident(), [0.0], [(0, 0)]
 
     async def watch() -> None:
@@ -108,7 +100,7 @@ async def measured(server: Server, concurrency: int, prompt_tokens: int, args: a
 
     watching = asyncio.create_task(watch())
     started = time.perf_counter()
-    await asyncio.gather(*(stream() for _ in range(concurrency)))
+    ends = await client.complete(prompts, args.max_tokens, concurrency)
     seconds = time.perf_counter() - started
     watching.cancel()
     first = [1000 * (times[0] - begun) for begun, times in ends]

@@ -7,9 +7,10 @@
 In each turn every server is started, answers one request to warm up, then the loads one after the other, and is
 stopped. Prompts are random token ids, the same for every server and others in every turn and load; every answer has
 exactly as many tokens as its load says. Between servers, while none runs, the machine's own limits are measured: how
-fast all processors read memory, and how fast JAX multiplies bfloat16 matrices. Prints each measurement as it comes,
-and at the end a Markdown table: medians over the turns, smallest and largest in brackets, and the ratio to the first
-server (above 1: better than it). Of a server that counts them (jaxserve), also the programs compiled meanwhile.
+fast all processors read memory, and how fast JAX multiplies a prompt with a weight in bfloat16. Prints each
+measurement as it comes, and at the end a Markdown table: medians over the turns, smallest and largest in brackets, and
+the ratio to the first server (above 1: better than it). Of a server that counts them (jaxserve), also the programs
+compiled meanwhile.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ import threading
 import time
 from collections import defaultdict
 from collections.abc import Iterator
+from functools import partial
 from typing import IO, NamedTuple
 from urllib.request import urlopen
 
@@ -173,17 +175,9 @@ async def measured_load(client: Client, name: str, seed: int) -> dict[str, float
     load = LOADS[name]
     rng = random.Random(f"{name} {seed}")  # no load's prompts begin like another's: caches would find them
     prefix = rng.choices(TOKEN_IDS, k=load.shared)
-    waiting = [prefix + rng.choices(TOKEN_IDS, k=load.prompt - load.shared) for _ in range(load.requests)]
-    ends: list[tuple[float, list[float]]] = []
-
-    async def stream() -> None:
-        while waiting:
-            times: list[float] = []
-            ends.append((time.perf_counter(), times))
-            await client.stream(waiting.pop(), load.tokens, times)
-
+    prompts = [prefix + rng.choices(TOKEN_IDS, k=load.prompt - load.shared) for _ in range(load.requests)]
     started = time.perf_counter()
-    await asyncio.gather(*(stream() for _ in range(load.concurrency)))
+    ends = await client.complete(prompts, load.tokens, load.concurrency)
     seconds = time.perf_counter() - started
     if wrong := {len(times) for _, times in ends} - {load.tokens}:
         raise RuntimeError(f"{name}: answers of {sorted(wrong)} tokens instead of {load.tokens}")
@@ -213,15 +207,21 @@ def machine_limits() -> dict[str, float]:
             thread.join()
         return sum(array.nbytes for array in arrays) / (time.perf_counter() - started) / 1e9
 
-    size = 2048
-    a, b = (jnp.ones((size, size), jnp.bfloat16) for _ in range(2))
-    product = jax.jit(lambda a, b: jax.lax.dot_general(a, b, (((1,), (1,)), ((), ()))))
-    product(a, b).block_until_ready()
+    rows, outputs, inputs = 1024, 3072, 576  # of a prompt through the demo model's widest layer
+    x, weight = (jnp.ones((n, inputs), jnp.bfloat16) for n in (rows, outputs))
+    product = jax.jit(
+        partial(
+            jax.lax.dot_general,
+            dimension_numbers=(((1,), (1,)), ((), ())),
+            preferred_element_type=jnp.float32,
+        )
+    )
+    product(x, weight).block_until_ready()
 
     def multiply() -> float:
         started = time.perf_counter()
-        product(a, b).block_until_ready()
-        return 2 * size**3 / (time.perf_counter() - started) / 1e9
+        product(x, weight).block_until_ready()
+        return 2 * rows * outputs * inputs / (time.perf_counter() - started) / 1e9
 
     return {
         "memory read, GB/s": max(read() for _ in range(15)),

@@ -24,7 +24,7 @@ from jaxserve.sharding import ONE_CHIP, TensorParallel, VocabShard
 LayerIndex = int | jax.Array
 
 MAX_SUMMED_ROWS = 1 << 15
-SWAPPED_ROWS = (16, 64)
+SWAPPED_ROWS = (16, 64)  # from so many rows to so many, XLA:CPU is faster with weights on the left
 REST_STEPS = 2 * INT8_MAX  # of which one rounding leaves at most half
 CONTRACT_LAST = (((1,), (1,)), ((), ()))
 
