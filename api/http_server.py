@@ -211,8 +211,12 @@ class _Connection(TCPServer):  # type: ignore[misc]
         await self.idle_task.stop()  # else the connection would stay open for the rest of KEEP_ALIVE_S
 
     async def protocol_send(self, event: Event) -> None:
-        if isinstance(event, Closed) and self.writer.can_write_eof() and not self.reader.at_eof():
-            self._linger()
+        if (
+            isinstance(event, Closed)
+            and self.writer.can_write_eof()
+            and not self.reader.at_eof()
+            and self._linger()
+        ):
             return
         if isinstance(event, RawData) and self._writes_at_once:
             self.writer.write(event.data)
@@ -233,12 +237,17 @@ class _Connection(TCPServer):  # type: ignore[misc]
             and transport.get_write_buffer_size() == 0
         )
 
-    def _linger(self) -> None:
+    def _linger(self) -> bool:
         """Say that nothing more will come, and read on until the client closes, too: closing with bytes of a
-        refused body unread would make the client's system throw away the answer."""
+        refused body unread would make the client's system throw away the answer. Returns whether there still is a
+        client."""
         if self._lingering is None and not self.writer.is_closing():
-            self.writer.write_eof()
+            try:
+                self.writer.write_eof()
+            except OSError:  # it has reset the connection
+                return False
             self._lingering = asyncio.get_running_loop().call_later(LINGER_S, self._stop_reading)
+        return True
 
     def _stop_reading(self) -> None:
         self.writer.transport.pause_reading()

@@ -78,9 +78,9 @@ class Table(msgspec.Struct, frozen=True, tag="table"):
 
 
 class Step(msgspec.Struct, frozen=True, tag="step"):
-    """A step begins: of the runner's `shape`-th shape, with these packed inputs."""
+    """A step begins: of the runner's `program`-th program, with these packed inputs."""
 
-    shape: int
+    program: int
     packed: bytes
 
 
@@ -125,8 +125,8 @@ class Lockstep:
     def send_table(self, name: str, table: npt.NDArray[Any]) -> None:
         """Tell the others that a slot table is now this one."""
 
-    def send_step(self, shape: int, packed: npt.NDArray[np.int32]) -> None:
-        """Tell the others to run a step of the runner's `shape`-th shape."""
+    def send_step(self, program: int, packed: npt.NDArray[np.int32]) -> None:
+        """Tell the others to run a step of the runner's `program`-th program."""
 
     def close(self) -> None:
         """End together with the others."""
@@ -179,8 +179,8 @@ class Leader(Lockstep):
     def send_table(self, name: str, table: npt.NDArray[Any]) -> None:
         self._send_all(Table(name, table.tobytes()))
 
-    def send_step(self, shape: int, packed: npt.NDArray[np.int32]) -> None:
-        self._send_all(Step(shape, packed.tobytes()))
+    def send_step(self, program: int, packed: npt.NDArray[np.int32]) -> None:
+        self._send_all(Step(program, packed.tobytes()))
 
     def close(self) -> None:
         if self._closing:

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxserve.sharding import VocabShard
+from jaxserve.sharding import VocabShard, count_true
 
 TOKEN_CHUNK = 512  # tokens of a row counted at a time
 BIAS_CHUNK = 64  # bias entries added at a time
@@ -39,7 +39,7 @@ class ProcessorInputs(NamedTuple):
     """Which rows are changed, and how. All [S] where nothing else is said.
 
     Attributes:
-        rows: int32; the rows that are changed, first.
+        rows: int32; the rows that are changed, ascending, first.
         num_rows: [] int32; how many.
         slot: int32; of the tables.
         num_biases: int32; entries of the table that count.
@@ -67,27 +67,37 @@ class ProcessorInputs(NamedTuple):
 
 
 def process_logits(
-    out: jax.Array, logits: jax.Array, temperature: jax.Array, inputs: ProcessorInputs, vocab: VocabShard
+    out: jax.Array,
+    logits: jax.Array,
+    temperature: jax.Array,
+    first: jax.Array | int,
+    inputs: ProcessorInputs,
+    vocab: VocabShard,
 ) -> jax.Array:
     """Replace the changed rows of `out` by their processed logits, divided by their temperature.
 
     Args:
-        out: [S, V] float32; `logits` divided by `temperature`.
-        logits: [S, V] float32.
-        temperature: [S] float32, positive.
+        out: [R, V] float32; `logits` divided by `temperature`.
+        logits: [R, V] float32; of R of the step's S rows.
+        temperature: [R] float32, positive.
+        first: the first of these rows in the step.
+        inputs: of all rows.
     """
+    changed = jnp.arange(inputs.rows.shape[0], dtype=jnp.int32) < inputs.num_rows
+    begin = count_true(changed & (inputs.rows < first))
+    end = count_true(changed & (inputs.rows < first + len(out)))
 
     def change(i: jax.Array, out: jax.Array) -> jax.Array:
         r = inputs.rows[i]
-        row = logits[r]
+        row = logits[r - first]
         row = jnp.where(inputs.normalize[r], row - vocab.logsumexp(row)[0], row)
         row = _add_biases(row, inputs, r, vocab)
         row = jnp.where(_expand(inputs.tables.masks[inputs.slot[r]], vocab), row, -jnp.inf)
         row = _penalize(row, inputs, r, vocab)
-        return lax.dynamic_update_slice_in_dim(out, (row / temperature[r])[None], r, axis=0)
+        return lax.dynamic_update_slice_in_dim(out, (row / temperature[r - first])[None], r - first, axis=0)
 
-    changed: jax.Array = lax.fori_loop(0, inputs.num_rows, change, out)
-    return changed
+    processed: jax.Array = lax.fori_loop(begin, end, change, out)
+    return processed
 
 
 def _add_biases(row: jax.Array, inputs: ProcessorInputs, r: jax.Array, vocab: VocabShard) -> jax.Array:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
 from collections.abc import Callable
@@ -29,13 +30,14 @@ from jaxserve.messages import TopLogprobs
 from jaxserve.models.config import ModelConfig
 from jaxserve.models.llama import Llama, checkpoint_slots
 from jaxserve.models.loader import Checkpoint, load_params, open_checkpoint, resolve_model
+from jaxserve.sampler import ROW_GROUP
 from jaxserve.sampling_params import SamplingParams
 from jaxserve.scheduler import ScheduledRow, StepPlan
 from jaxserve.sequence import Sequence
 from jaxserve.sharding import EVERYWHERE, SHARDED, DeviceGroup, VocabShard, shard_config
 from jaxserve.slot_tables import SlotTableManager
 from jaxserve.step import ModelDefinition, Pools, StepOutputs, make_all_logits, make_step
-from jaxserve.step_inputs import StepShape, pack_step
+from jaxserve.step_inputs import StepProgram, StepShape, pack_step
 
 MAX_PROGRAMS = 8
 ROW_MULTIPLE = 8
@@ -176,6 +178,7 @@ class ModelRunner:
         )
         # an accelerator would stop at every branch that depends on data
         self._unroll_layers = self.platform != "cpu"
+        self._programs = step_programs(self.shapes, shared=self.platform == "cpu")
         self._definition = ModelDefinition.of(
             lambda: Llama(
                 self.model_config,
@@ -197,26 +200,28 @@ class ModelRunner:
         guess = self._num_blocks(program_bytes=PROGRAM_BYTES_GUESS)
         self.limits = self._limits(guess)  # what cannot work is said before anything is loaded
         self._slots = SlotTableManager(self._max_num_seqs, self.model_config.vocab_size, self._place_table)
-        self._programs: dict[StepShape, jax.stages.Compiled] = {}
+        self._compiled: dict[StepProgram, jax.stages.Compiled] = {}
         self._all_logits: jax.stages.Wrapped | None = None
         with ThreadPoolExecutor(COMPILE_THREADS + 1, thread_name_prefix="startup") as pool:
             started = time.monotonic()
             loading = pool.submit(self._load, checkpoint, report)
-            programs, num_blocks = self._compile_all(pool, guess)
+            compiling, num_blocks = self._compile_all(pool, guess)
             self.limits = self._limits(num_blocks)
             self._pools = self.devices.zeros(self._abstract_pools(num_blocks))
             self._leaves = loading.result()
             if jax.process_count() > 1:  # none may wait within a program for another that still compiles
-                wait(programs.values())
+                wait(compiling.values())
                 self._others.start_together(f"{self.model_config} {self.limits}")
-            for shape, program in programs.items():
-                self._programs[shape] = program.result()
-                # the first run of a program pays for what later ones find ready
-                np.asarray(
-                    self._execute(shape, np.zeros(shape.size, np.int32), self._slots.on_device()).sampled
-                )
-        sizes = ", ".join(f"{s.num_tokens}{' decoded' if s.decode_only else ''}" for s in self.shapes)
-        report(f"compiled {len(programs)} programs ({sizes} tokens) in {_seconds_since(started)}")
+            for program, compiled in compiling.items():
+                self._compiled[program] = compiled.result()
+                for shape in program.shapes:  # the first run of each pays for what later ones find ready
+                    nothing = pack_step(StepPlan([]), program, shape, self.block_size)
+                    np.asarray(self._execute(program, nothing, self._slots.on_device()).sampled)
+        sizes = " | ".join(
+            ", ".join(f"{s.num_tokens}{' decoded' if s.decode_only else ''}" for s in program.shapes)
+            for program in self._programs
+        )
+        report(f"compiled {len(compiling)} programs ({sizes} tokens) in {_seconds_since(started)}")
         self.compilations.reset()
 
     def run(self, plan: StepPlan) -> StepResult:
@@ -225,11 +230,12 @@ class ModelRunner:
         needed, rows = plan.num_tokens, len(plan.rows)
         rates = any(row.rates for row in plan.rows)
         shape = next(shape for shape in self.shapes if shape.fits(needed, rows, prompt_logprobs=rates))
+        program = next(program for program in self._programs if shape in program.shapes)
         self._slots.assign([row for row in plan.rows if row.samples])
-        packed = pack_step(plan, shape, self.block_size, self._slots)
+        packed = pack_step(plan, program, shape, self.block_size, self._slots)
         tables = self._slots.on_device()
-        self._others.send_step(self.shapes.index(shape), packed)
-        return StepResult(self._execute(shape, packed, tables), self.config)
+        self._others.send_step(self._programs.index(program), packed)
+        return StepResult(self._execute(program, packed, tables), self.config)
 
     def follow(self) -> None:
         """Run what process 0 runs, until it is told to end. For the other processes."""
@@ -240,7 +246,7 @@ class ModelRunner:
             match frame:
                 case Step():
                     packed = np.frombuffer(frame.packed, np.int32)
-                    outputs = self._execute(self.shapes[frame.shape], packed, tables)
+                    outputs = self._execute(self._programs[frame.program], packed, tables)
                     jax.block_until_ready(last)  # one step ahead, as process 0 is
                     last = outputs
                 case Table():
@@ -301,7 +307,8 @@ class ModelRunner:
             self._all_logits = jax.jit(all_logits, donate_argnums=1)
         while sequence.num_uncomputed_tokens:
             num_tokens = min(sequence.num_uncomputed_tokens, shape.num_tokens)
-            packed = pack_step(StepPlan([ScheduledRow(sequence, num_tokens, [])]), shape, self.block_size)
+            plan = StepPlan([ScheduledRow(sequence, num_tokens, [])])
+            packed = pack_step(plan, StepProgram((shape,)), shape, self.block_size)
             logits, self._pools = self._all_logits(
                 self._leaves, self._pools, self.devices.put_everywhere(packed)
             )
@@ -371,21 +378,21 @@ class ModelRunner:
 
     def _compile_all(
         self, pool: ThreadPoolExecutor, guess: int
-    ) -> tuple[dict[StepShape, Future[jax.stages.Compiled]], int]:
+    ) -> tuple[dict[StepProgram, Future[jax.stages.Compiled]], int]:
         """All programs in the making, and the number of blocks that they are compiled for.
 
         The number is part of the programs' shape and depends on the memory that they need, so they are compiled
         for a guess; the figures of the largest one confirm or correct it.
         """
-        largest_first = self.shapes[::-1]
-        programs = {s: pool.submit(self._compile, s, guess) for s in largest_first}
-        largest = programs[largest_first[0]].result()
+        largest_first = self._programs[::-1]
+        compiling = {p: pool.submit(self._compile, p, guess) for p in largest_first}
+        largest = compiling[largest_first[0]].result()
         num_blocks = self._num_blocks(program_bytes=_program_bytes(largest))
         if guess <= num_blocks <= 1.05 * guess:
-            return programs, guess
-        for program in programs.values():
+            return compiling, guess
+        for program in compiling.values():
             program.cancel()
-        return {s: pool.submit(self._compile, s, num_blocks) for s in largest_first}, num_blocks
+        return {p: pool.submit(self._compile, p, num_blocks) for p in largest_first}, num_blocks
 
     def _limits(self, num_blocks: int) -> SchedulerConfig:
         return SchedulerConfig(
@@ -403,10 +410,10 @@ class ModelRunner:
             token_buckets=tuple(s.num_tokens for s in self.shapes) if self.platform == "cpu" else (),
         )
 
-    def _compile(self, shape: StepShape, num_blocks: int) -> jax.stages.Compiled:
+    def _compile(self, program: StepProgram, num_blocks: int) -> jax.stages.Compiled:
         step = make_step(
             self._definition,
-            shape,
+            program,
             self._vocab,
             max_logprobs=self.config.max_logprobs,
             processed_logprobs=self.config.logprobs_mode == "processed",
@@ -419,7 +426,7 @@ class ModelRunner:
         )
         leaves = devices.abstract_weights(self._definition.names, self._definition.abstract())
         pools = devices.abstract_shards(self._abstract_pools(num_blocks))
-        packed = devices.abstract_everywhere(jax.ShapeDtypeStruct((shape.size,), jnp.int32))
+        packed = devices.abstract_everywhere(jax.ShapeDtypeStruct((program.layout.size,), jnp.int32))
         lowered = jax.jit(step, donate_argnums=1).lower(leaves, pools, self._slots.on_device(), packed)
         return lowered.compile()
 
@@ -427,16 +434,20 @@ class ModelRunner:
         """Of one chip."""
         tokens = jax.ShapeDtypeStruct((num_blocks, self.block_size), jnp.int32)
         sampled = jax.ShapeDtypeStruct((self._max_num_rows,), jnp.int32)
-        return Pools(self._spec.abstract(num_blocks), tokens, sampled)  # type: ignore[arg-type]
+        room = jax.ShapeDtypeStruct((self._max_num_rows, self._vocab.num_local), jnp.float32)
+        logits = None if self._unroll_layers else room
+        return Pools(self._spec.abstract(num_blocks), tokens, sampled, logits)  # type: ignore[arg-type]
 
     def _place_table(self, name: str, table: npt.NDArray[Any]) -> jax.Array:
         self._others.send_table(name, table)
         return self.devices.put_everywhere(table)
 
-    def _execute(self, shape: StepShape, packed: npt.NDArray[np.int32], tables: SlotTables) -> StepOutputs:
+    def _execute(
+        self, program: StepProgram, packed: npt.NDArray[np.int32], tables: SlotTables
+    ) -> StepOutputs:
         outputs: StepOutputs
         inputs = packed if self.devices.group.size == 1 else self.devices.put_everywhere(packed)
-        outputs, self._pools = self._programs[shape](self._leaves, self._pools, tables, inputs)
+        outputs, self._pools = self._compiled[program](self._leaves, self._pools, tables, inputs)
         return outputs
 
     def _num_blocks(self, *, program_bytes: int) -> int:
@@ -490,6 +501,15 @@ def step_shapes(
     while len(shapes) > MAX_PROGRAMS:
         del shapes[-3]
     return shapes
+
+
+def step_programs(shapes: list[StepShape], *, shared: bool) -> list[StepProgram]:
+    """Which shapes are compiled together. Of a shared program (XLA:CPU takes long to compile, and jumps for free) all
+    but the layers is there once: for one row, for those that are sampled from at once, and for more."""
+    if not shared:
+        return [StepProgram((shape,)) for shape in shapes]
+    alike = itertools.groupby(shapes, lambda shape: (shape.num_rows > 1) + (shape.num_rows > ROW_GROUP))
+    return [StepProgram(tuple(group)) for _, group in alike]
 
 
 def prompt_logits(config: EngineConfig, prompts: list[list[int]]) -> list[npt.NDArray[np.float32]]:

@@ -65,6 +65,7 @@ class SampleOutputs(NamedTuple):
 
 def sample(
     logits: jax.Array,
+    num_rows: jax.Array | int,
     read: Callable[[], SamplingInputs],
     vocab: VocabShard,
     *,
@@ -74,25 +75,27 @@ def sample(
     """Draw one token per row.
 
     Args:
-        logits: [S, V] float32.
+        logits: [S or more, V] float32; a chip's padding need not mean anything.
+        num_rows: [] int32; how many rows are in use, which come first; those of others need not mean anything. A
+            number, if they are computed as well.
         read: takes the inputs out of the step's buffer. A branch does so for itself: of all that is read before it XLA
             makes arrays, one kernel each.
         max_logprobs: L, static.
         processed_logprobs: report the distribution that was sampled from instead of the raw one; static.
     """
-    S = logits.shape[0]
     max_candidates = min(NUM_BEAM_CANDIDATES, vocab.size)
+    inputs = read()
+    S = inputs.temperature.shape[0]
 
     def draw() -> tuple[jax.Array, jax.Array | None, jax.Array]:
         inputs = read()
-        filters = _filters(inputs, vocab)
-        scaled = logits / filters.temperature[:, None]
-        scaled = process_logits(scaled, logits, filters.temperature, inputs.processors, vocab)
+        all_filters = _filters(inputs, vocab)
 
-        def draw_rows(
-            scaled: jax.Array, logits: jax.Array, filters: _Filters
-        ) -> tuple[jax.Array, jax.Array | None, jax.Array]:
-            keep, candidates = _filtered(scaled, logits, filters, vocab, max_candidates)
+        def draw_rows(rows: _Rows) -> tuple[jax.Array, jax.Array | None, jax.Array]:
+            raw, filters = vocab.mask_padding(rows.of(logits)), jax.tree.map(rows.of, all_filters)
+            scaled = raw / filters.temperature[:, None]
+            scaled = process_logits(scaled, raw, filters.temperature, rows.first, inputs.processors, vocab)
+            keep, candidates = _filtered(scaled, raw, filters, vocab, max_candidates)
             drawn = _draw(scaled, keep, filters.uniform, vocab)
             token_ids = jnp.where(filters.random, drawn, vocab.argmax(scaled))
             possible = vocab.max(scaled)[:, 0] > -jnp.inf
@@ -100,20 +103,28 @@ def sample(
             reported = _masked(scaled, keep) if processed_logprobs else None
             return jnp.where(possible, token_ids, NO_TOKEN), reported, candidates
 
-        return _by_row_groups(draw_rows, scaled, logits, filters)
+        return _by_row_groups(draw_rows, S, num_rows)
 
     def greedy() -> tuple[jax.Array, jax.Array | None, jax.Array]:
-        reported = logits if processed_logprobs else None
-        return vocab.argmax(logits), reported, jnp.zeros((S, 3 * max_candidates), jnp.int32)
+        def take_largest(rows: _Rows) -> jax.Array:
+            return vocab.argmax(vocab.mask_padding(rows.of(logits)))
 
-    inputs = read()
+        everything = isinstance(num_rows, int)  # at once: it needs no room of its own
+        token_ids = take_largest(_Rows(0, S)) if everything else _by_row_groups(take_largest, S, num_rows)
+        reported = logits[:S] if processed_logprobs else None
+        return token_ids, reported, jnp.zeros((S, 3 * max_candidates), jnp.int32)
+
     wanted = jnp.any(inputs.temperature >= GREEDY_EPSILON) | (inputs.processors.num_rows > 0)
     token_ids, processed, candidates = lax.cond(wanted, draw, greedy)
     reported = logits if processed is None else processed
 
     def rated() -> jax.Array:
-        rate = partial(logprobs_of, vocab=vocab, max_logprobs=max_logprobs)
-        return _by_row_groups(rate, reported, jnp.maximum(token_ids, 0))
+        def rate(rows: _Rows) -> jax.Array:
+            own = vocab.mask_padding(rows.of(reported))
+            return logprobs_of(own, rows.of(jnp.maximum(token_ids, 0)), vocab, max_logprobs)
+
+        ratings: jax.Array = _by_row_groups(rate, S, num_rows)
+        return ratings
 
     def unrated() -> jax.Array:
         return jnp.zeros((S, 2 + 2 * max_logprobs), jnp.int32)
@@ -152,16 +163,31 @@ def _filters(inputs: SamplingInputs, vocab: VocabShard) -> _Filters:
     )
 
 
-def _by_row_groups(function: Callable[..., Any], *arrays: Any) -> Any:
-    """`function` of at most ROW_GROUP rows at a time, for arrays [S, …]: what it needs for itself is several times
-    [S, V], and all rows together would take that from the KV pool."""
-    S = jax.tree.leaves(arrays)[0].shape[0]
-    if S <= ROW_GROUP:
-        return function(*arrays)
-    rows = math.gcd(S, ROW_GROUP)
-    groups = jax.tree.map(lambda x: x.reshape(S // rows, rows, *x.shape[1:]), arrays)
-    out = lax.map(lambda group: function(*group), groups)
-    return jax.tree.map(lambda x: x.reshape(S, *x.shape[2:]), out)
+class _Rows(NamedTuple):
+    """`size` of a step's rows, from `first` on."""
+
+    first: jax.Array | int
+    size: int
+
+    def of(self, x: jax.Array) -> jax.Array:
+        return lax.dynamic_slice_in_dim(x, self.first, self.size)
+
+
+def _by_row_groups(function: Callable[[_Rows], Any], num_rows: int, num_used: jax.Array | int) -> Any:
+    """`function` of at most ROW_GROUP rows at a time, as far as rows are in use: what it needs for itself is several
+    times [S, V], and all rows together would take that from the KV pool. Of rows that are not in use zeros."""
+    if num_rows <= ROW_GROUP:
+        return function(_Rows(0, num_rows))
+    size = math.gcd(num_rows, ROW_GROUP)
+
+    def compute(g: jax.Array, out: Any) -> Any:
+        first = g * size
+        rows = function(_Rows(first, size))
+        return jax.tree.map(lambda x, y: lax.dynamic_update_slice_in_dim(x, y, first, axis=0), out, rows)
+
+    one = jax.eval_shape(lambda: function(_Rows(0, size)))
+    out = jax.tree.map(lambda x: jnp.zeros((num_rows, *x.shape[1:]), x.dtype), one)
+    return lax.fori_loop(0, (num_used + size - 1) // size, compute, out)
 
 
 def _filtered(

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -16,10 +17,10 @@ from jaxserve.kernels.metadata import AttentionMetadata
 from jaxserve.kernels.paged_attention import paged_attention
 from jaxserve.kernels.reference import QuantizedPool
 from jaxserve.logits_processors import ProcessorInputs, SlotTables, write_tokens
-from jaxserve.models.llama import Attend, Llama
+from jaxserve.models.llama import Llama, Pool
 from jaxserve.sampler import SamplingInputs, logprobs_of, sample
 from jaxserve.sharding import VocabShard
-from jaxserve.step_inputs import StepShape
+from jaxserve.step_inputs import StepProgram, StepShape
 
 
 @dataclass(frozen=True)
@@ -63,11 +64,14 @@ class Pools(NamedTuple):
         kv: [L, N, …]; the rest is the attention backend's.
         tokens: [N, B] int32; the token id of every slot.
         sampled: [rows at most] int32; what the rows of the last step sampled.
+        logits: [rows at most, V] float32, where rows that are not in use are skipped: room, so that no step has to
+            make any.
     """
 
     kv: jax.Array | QuantizedPool
     tokens: jax.Array
     sampled: jax.Array
+    logits: jax.Array | None = None
 
 
 class StepOutputs(NamedTuple):
@@ -86,15 +90,17 @@ class StepOutputs(NamedTuple):
 
 
 Step = Callable[[list[jax.Array], Pools, SlotTables, jax.Array], tuple[StepOutputs, Pools]]
-"""(parameter leaves, pools to donate, slot tables, packed inputs int32 [shape.size]) → (outputs, pools)."""
+"""(parameter leaves, pools to donate, slot tables, packed inputs int32 [layout.size]) → (outputs, pools)."""
 
 PROMPT_GROUP = 64  # tokens of a prompt whose logits exist at a time
-FEW_ROWS = 16
+FEWEST_ROWS = 8  # whose logits are computed by a product of their own
+
+Carry = TypeVar("Carry")
 
 
 def make_step(
     definition: ModelDefinition,
-    shape: StepShape,
+    program: StepProgram,
     vocab: VocabShard,
     *,
     max_logprobs: int,
@@ -102,20 +108,28 @@ def make_step(
     attention_backend: str = "auto",
     unroll_layers: bool = False,
 ) -> Step:
-    """The function to compile for one shape, with several chips what each of them does; `attention_backend` as in
-    `kernels.paged_attention`."""
-    attend = partial(paged_attention, backend=attention_backend, decode_only=shape.decode_only)
+    """The function to compile, with several chips what each of them does; `attention_backend` as in
+    `kernels.paged_attention`. Where layers are not unrolled, rows that are not in use cost nothing."""
+    layout = program.layout
 
     def step(
         leaves: list[jax.Array], pools: Pools, tables: SlotTables, packed: jax.Array
     ) -> tuple[StepOutputs, Pools]:
-        inputs = shape.unpack(packed)
+        inputs = layout.unpack(packed)
         model = definition.build(leaves)
-        hidden, pools = _forward(model, inputs, pools, attend, unroll_layers=unroll_layers)
-        logits = vocab.mask_padding(_logits_of_rows(model, hidden, inputs, skip_padding=not unroll_layers))
+        hidden, pools = _forward(
+            model, program, packed, pools, attention_backend=attention_backend, unroll_layers=unroll_layers
+        )
+        index, num_rows = inputs["logits_index"], inputs["counts"][5]
+        if pools.logits is None or layout.num_rows == 1:
+            logits, num_rows = model.logits(hidden[index]), layout.num_rows
+        else:
+            logits = _logits_of_rows(model, hidden, index, num_rows, pools.logits)
+            pools = pools._replace(logits=logits)
         out = sample(
             logits,
-            lambda: _sampling_inputs(shape.unpack(packed), pools.tokens, tables),
+            num_rows,
+            lambda: _sampling_inputs(layout.unpack(packed), pools.tokens, tables),
             vocab,
             max_logprobs=max_logprobs,
             processed_logprobs=processed_logprobs,
@@ -132,20 +146,18 @@ def make_step(
 
 
 def _logits_of_rows(
-    model: Llama, hidden: jax.Array, inputs: dict[str, jax.Array], *, skip_padding: bool
+    model: Llama, hidden: jax.Array, index: jax.Array, num_rows: jax.Array, logits: jax.Array
 ) -> jax.Array:
-    """[S, V] float32. With `skip_padding` only the first FEW_ROWS rows are computed where there are no others: where
-    products of more rows take longer, beside a prompt those of 64 are 6 % of the step."""
-    index = inputs["logits_index"]
-    num_rows = index.shape[0]
-    if num_rows <= FEW_ROWS or not skip_padding:
-        return model.logits(hidden[index])
+    """Put the logits of the tokens `index` [S], of which the first `num_rows` are in use, into `logits` [S or more, V]
+    by the smallest product that takes them: beside a prompt that of 64 rows is 6 % of the step."""
+    S = index.shape[0]
+    sizes = [*(size for size in (FEWEST_ROWS << i for i in range(S.bit_length())) if size < S), S]
+    for smaller, size in itertools.pairwise([0, *sizes]):
 
-    def few() -> jax.Array:
-        logits = model.logits(hidden[index[:FEW_ROWS]])
-        return jnp.pad(logits, ((0, num_rows - FEW_ROWS), (0, 0)))
+        def compute(zero: jax.Array, logits: jax.Array, size: int = size) -> jax.Array:
+            return lax.dynamic_update_slice(logits, model.logits(hidden[index[:size] + zero]), (0, 0))
 
-    logits: jax.Array = lax.cond(inputs["seq_lens"][FEW_ROWS] == 0, few, lambda: model.logits(hidden[index]))
+        logits = _run_if((num_rows > smaller) & (num_rows <= size), compute, logits)
     return logits
 
 
@@ -213,44 +225,79 @@ def make_all_logits(
     unroll_layers: bool = False,
 ) -> Callable[[list[jax.Array], Pools, jax.Array], tuple[jax.Array, Pools]]:
     """Like a step, but its outputs are the logits of all tokens, float32 [T, V]: for tests and comparisons."""
-    attend = partial(paged_attention, backend=attention_backend)
+    program = StepProgram((shape,))
 
     def all_logits(leaves: list[jax.Array], pools: Pools, packed: jax.Array) -> tuple[jax.Array, Pools]:
         model = definition.build(leaves)
-        hidden, pools = _forward(model, shape.unpack(packed), pools, attend, unroll_layers=unroll_layers)
+        hidden, pools = _forward(
+            model, program, packed, pools, attention_backend=attention_backend, unroll_layers=unroll_layers
+        )
         return vocab.group.gather(model.logits(hidden), axis=1)[:, : vocab.size], pools
 
     return all_logits
 
 
 def _forward(
-    model: Llama, inputs: dict[str, jax.Array], pools: Pools, attend: Attend, *, unroll_layers: bool
+    model: Llama,
+    program: StepProgram,
+    packed: jax.Array,
+    pools: Pools,
+    *,
+    attention_backend: str,
+    unroll_layers: bool,
 ) -> tuple[jax.Array, Pools]:
-    num_single_tokens, num_tiles, num_copies = inputs["counts"][:3]
-    pools = copy_blocks(pools, inputs["block_copies"], num_copies, flatten=not unroll_layers)
+    """Hidden states [T, E] of the step's tokens, T those of the program's largest shape; and the pools with them."""
+    inputs = program.layout.unpack(packed)
+    pools = copy_blocks(pools, inputs["block_copies"], inputs["counts"][2], flatten=not unroll_layers)
     token_ids = _known_tokens(inputs["token_ids"], pools.sampled)
-    metadata = AttentionMetadata(
-        block_tables=inputs["block_tables"],
-        seq_lens=inputs["seq_lens"],
-        query_start_loc=inputs["query_start_loc"],
-        positions=inputs["positions"],
-        token_rows=inputs["token_rows"],
-        slot_mapping=inputs["slot_mapping"],
-        num_single_tokens=num_single_tokens,
-        tiles=inputs["tiles"],
-        num_tiles=num_tiles,
-    )
-    tokens = write_tokens(pools.tokens, token_ids, inputs["slot_mapping"])
-    hidden, kv_pool = model(
-        token_ids,
-        inputs["positions"],
-        pools.kv,
-        metadata,
-        attend,
-        block_size=tokens.shape[1],
-        unroll=unroll_layers,
-    )
-    return hidden, Pools(kv_pool, tokens, pools.sampled)
+    pools = pools._replace(tokens=write_tokens(pools.tokens, token_ids, inputs["slot_mapping"]))
+    embedded = model.embed_tokens(token_ids)
+
+    def compute(shape: StepShape, kv_pool: Pool, zero: jax.Array | int = 0) -> tuple[jax.Array, Pool]:
+        own = shape.narrow(program.layout.unpack(packed + zero))
+        num_single_tokens, num_tiles = own["counts"][:2]
+        metadata = AttentionMetadata(
+            block_tables=own["block_tables"],
+            seq_lens=own["seq_lens"],
+            query_start_loc=own["query_start_loc"],
+            positions=own["positions"],
+            token_rows=own["token_rows"],
+            slot_mapping=own["slot_mapping"],
+            num_single_tokens=num_single_tokens,
+            tiles=own["tiles"],
+            num_tiles=num_tiles,
+        )
+        return model(
+            embedded[: shape.num_tokens],
+            own["positions"],
+            kv_pool,
+            metadata,
+            partial(paged_attention, backend=attention_backend, decode_only=shape.decode_only),
+            block_size=pools.tokens.shape[1],
+            unroll=unroll_layers,
+        )
+
+    if len(program.shapes) == 1:
+        hidden, kv_pool = compute(program.layout, pools.kv)
+        return hidden, pools._replace(kv=kv_pool)
+    size, dtype = model.norm.features, model.norm.weight[...].dtype
+    carry = jnp.zeros((program.layout.num_tokens, size), dtype), pools.kv
+    for i, shape in enumerate(program.shapes):
+
+        def compute_into(zero: jax.Array, carry: tuple[jax.Array, Pool], shape: StepShape = shape) -> Any:
+            hidden, kv_pool = compute(shape, carry[1], zero)
+            return lax.dynamic_update_slice(carry[0], hidden, (0, 0)), kv_pool
+
+        carry = _run_if(inputs["shape"][0] == i, compute_into, carry)
+    return carry[0], pools._replace(kv=carry[1])
+
+
+def _run_if(condition: jax.Array, function: Callable[[jax.Array, Carry], Carry], carry: Carry) -> Carry:
+    """`function(0, carry)` or `carry`, updated in place: of a branch XLA:CPU copies what it is given, the KV pool as
+    well, so this is a loop of one turn or none. What in it depends neither on `carry` nor on the number 0 is computed
+    in any case."""
+    result: Carry = lax.fori_loop(0, condition.astype(jnp.int32), function, carry)
+    return result
 
 
 def _known_tokens(token_ids: jax.Array, sampled: jax.Array) -> jax.Array:

@@ -1,7 +1,7 @@
 """A scheduler decision → arrays in a bucketed shape, all in one host buffer.
 
-Everything that a step must know travels to the device as one int32 array. `StepShape` is the static key of the
-compiled program; what varies from request to request is data.
+Everything that a step must know travels to the device as one int32 array. `StepProgram` is the static key of
+a compiled program; what varies from request to request is data.
 """
 
 from __future__ import annotations
@@ -83,8 +83,9 @@ class StepShape:
             # the token behind each token of a prompt whose logprobs are wanted, and where those tokens are
             "prompt_targets": (T if self.prompt_logprobs else 0,),
             "prompt_tokens": (T if self.prompt_logprobs else 0,),
-            # tokens attended one by one, tiles, block copies, processed rows, prompt_tokens
-            "counts": (5,),
+            # tokens attended one by one, tiles, block copies, processed rows, prompt_tokens, rows
+            "counts": (6,),
+            "shape": (1,),  # which of the program's
         }
 
     @property
@@ -123,21 +124,38 @@ class StepShape:
             for name, place, shape in self._layout
         }
 
+    def narrow(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """This shape's part of a larger shape's inputs."""
+        return {name: inputs[name][: shape[0]] for name, shape in self.fields.items()}
+
+
+@dataclass(frozen=True)
+class StepProgram:
+    """Shapes that one compiled program serves, in ascending order. Their inputs are laid out as those of the last,
+    which holds all the others."""
+
+    shapes: tuple[StepShape, ...]
+
+    @property
+    def layout(self) -> StepShape:
+        return self.shapes[-1]
+
 
 def pack_step(
-    plan: StepPlan, shape: StepShape, block_size: int, slots: SlotLookup | None = None
+    plan: StepPlan, program: StepProgram, shape: StepShape, block_size: int, slots: SlotLookup | None = None
 ) -> npt.NDArray[np.int32]:
     """The step's one host-to-device transfer.
 
     Args:
         plan: at most `shape.num_tokens` tokens in at most `shape.num_rows` rows, rows of one token first.
+        shape: one of the program's.
         slots: None if nobody needs the slot tables.
 
     Returns:
-        int32 [shape.size].
+        int32 [program.layout.size].
     """
-    buffer = np.zeros(shape.size, np.int32)
-    inputs: dict[str, npt.NDArray[np.int32]] = shape.unpack(buffer)
+    buffer = np.zeros(program.layout.size, np.int32)
+    inputs: dict[str, npt.NDArray[np.int32]] = program.layout.unpack(buffer)
     for name in FLOATS:
         inputs[name] = inputs[name].view(np.float32)
     inputs["num_logprobs"][:] = NO_LOGPROBS
@@ -165,7 +183,10 @@ def pack_step(
     if copies:
         inputs["block_copies"][: len(copies)] = copies
     num_single_tokens = (ends[-1] if ends else 0) - num_tiled_tokens
-    inputs["counts"][:] = num_single_tokens, len(tiles), len(copies), len(processed), num_prompt_tokens
+    inputs["counts"][:] = (
+        num_single_tokens, len(tiles), len(copies), len(processed), num_prompt_tokens, len(plan.rows),
+    )  # fmt: skip
+    inputs["shape"][0] = program.shapes.index(shape)
     return buffer
 
 

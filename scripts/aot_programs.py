@@ -24,7 +24,7 @@ from jaxserve.models.llama import Llama
 from jaxserve.sharding import EVERYWHERE, SHARDED, DeviceGroup, TensorParallel, VocabShard, shard_config
 from jaxserve.slot_tables import MAX_BIASES
 from jaxserve.step import ModelDefinition, Pools, make_step
-from jaxserve.step_inputs import StepShape
+from jaxserve.step_inputs import StepProgram, StepShape
 
 BACKENDS = {"tpu": "pallas_tpu", "gpu": "pallas_triton"}
 BLOCK_SIZES = {"tpu": 128, "gpu": 32}
@@ -306,7 +306,7 @@ class Step:
         )
         step = make_step(
             definition,
-            shape,
+            StepProgram((shape,)),
             VocabShard(config.vocab_size, group),
             max_logprobs=20,
             processed_logprobs=False,

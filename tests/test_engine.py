@@ -19,7 +19,7 @@ from jaxserve.errors import RequestError
 from jaxserve.messages import AbortRequest, AddRequest, SequenceOutput
 from jaxserve.model_runner import ModelRunner, step_shapes, token_buckets
 from jaxserve.sampling_params import SamplingParams
-from jaxserve.step_inputs import StepShape
+from jaxserve.step_inputs import StepProgram, StepShape
 
 TINY = {
     "architectures": ["LlamaForCausalLM"],
@@ -367,18 +367,18 @@ def test_one_program_and_one_transfer_each_way_per_step(
 ) -> None:
     calls: list[tuple[int, ...]] = []
     uploads: list[Any] = []
-    programs = dict(runner._programs)
+    programs = dict(runner._compiled)
 
-    def counted(step: StepShape) -> Any:
+    def counted(program: StepProgram) -> Any:
         def call(leaves: Any, pools: Any, tables: Any, packed: Any) -> Any:
             calls.append(packed.shape)
             if all(tables.masks is not masks for masks in uploads):
                 uploads.append(tables.masks)  # on the device already, but for steps that change them
-            return programs[step](leaves, pools, tables, packed)
+            return programs[program](leaves, pools, tables, packed)
 
         return call
 
-    monkeypatch.setattr(runner, "_programs", {step: counted(step) for step in programs})
+    monkeypatch.setattr(runner, "_compiled", {program: counted(program) for program in programs})
     engine = make_engine(runner)
     requests = mixed_requests(6)
     for request in requests:
@@ -397,7 +397,8 @@ def test_the_pool_is_updated_in_place(runner: ModelRunner) -> None:
     """No program holds a copy of it: aliased whole, and too little temporary memory for one layer's share."""
     num_blocks = 20_000
     pool_bytes = num_blocks * runner._spec.bytes_per_block
-    for shape in (runner.shapes[0], runner.shapes[-1]):
-        memory = runner._compile(shape, num_blocks).memory_analysis()
+    assert max(len(program.shapes) for program in runner._programs) > 1
+    for program in runner._programs:
+        memory = runner._compile(program, num_blocks).memory_analysis()
         assert memory.alias_size_in_bytes >= pool_bytes
         assert memory.temp_size_in_bytes < pool_bytes / 20

@@ -22,7 +22,7 @@ from jaxserve.sampling_params import SamplingParams
 from jaxserve.scheduler import ScheduledRow, StepPlan
 from jaxserve.sequence import Sequence
 from jaxserve.step import ModelDefinition
-from jaxserve.step_inputs import StepShape, pack_step
+from jaxserve.step_inputs import StepProgram, StepShape, pack_step
 from tests.tiny_llama import tiny_config
 
 pytestmark = pytest.mark.heavy
@@ -63,7 +63,9 @@ def two_steps(backend: str, attend: Callable[..., Any]) -> list[np.ndarray]:
     outputs = []
     for step in (StepShape(128, 8, M), StepShape(8, 8, M, decode_only=True)):
         plan = StepPlan([ScheduledRow(s, s.num_uncomputed_tokens, []) for s in rows])
-        inputs = {k: jnp.asarray(v) for k, v in step.unpack(pack_step(plan, step, B)).items()}
+        inputs = {
+            k: jnp.asarray(v) for k, v in step.unpack(pack_step(plan, StepProgram((step,)), step, B)).items()
+        }
         names = (
             "block_tables",
             "seq_lens",

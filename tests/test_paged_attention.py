@@ -27,7 +27,7 @@ from jaxserve.sampling_params import SamplingParams
 from jaxserve.scheduler import ScheduledRow, StepPlan
 from jaxserve.sequence import Sequence
 from jaxserve.step import Pools, copy_blocks
-from jaxserve.step_inputs import StepShape, pack_step
+from jaxserve.step_inputs import StepProgram, StepShape, pack_step
 
 BLOCK_SIZE = 16
 NUM_BLOCKS = 160
@@ -52,7 +52,10 @@ def make_plan(
 
 def metadata_of(plan: StepPlan, bucket: int, block_size: int = BLOCK_SIZE) -> AttentionMetadata:
     shape = StepShape(bucket, min(bucket, 64), -(-MAX_MODEL_LEN // block_size))
-    inputs = {k: jnp.asarray(v) for k, v in shape.unpack(pack_step(plan, shape, block_size)).items()}
+    inputs = {
+        k: jnp.asarray(v)
+        for k, v in shape.unpack(pack_step(plan, StepProgram((shape,)), shape, block_size)).items()
+    }
     single, num_tiles = inputs["counts"][:2]
     names = (
         "block_tables",

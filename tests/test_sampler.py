@@ -65,7 +65,7 @@ def no_processors(rows: int) -> ProcessorInputs:
 
 @partial(jax.jit, static_argnames=("vocab", "max_logprobs", "processed_logprobs"))
 def jitted_sample(logits: jax.Array, inputs: SamplingInputs, **settings: Any) -> SampleOutputs:
-    return sample(logits, lambda: inputs, **settings)
+    return sample(logits, len(logits), lambda: inputs, **settings)
 
 
 def run(logits: Array, inputs: SamplingInputs, *, max_logprobs: int = 5, processed: bool = False) -> Any:

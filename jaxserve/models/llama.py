@@ -134,7 +134,7 @@ class Llama(nnx.Module):
 
     def __call__(
         self,
-        token_ids: jax.Array,
+        x: jax.Array,
         positions: jax.Array,
         kv_pool: Pool,
         metadata: AttentionMetadata,
@@ -146,7 +146,8 @@ class Llama(nnx.Module):
         """Hidden states of this step's tokens.
 
         Args:
-            token_ids, positions: [T] int32.
+            x: [T, E] float32; `embed_tokens` of the tokens.
+            positions: [T] int32.
             kv_pool: of all layers: [L, N, …] with the rest as `attend` wants it.
             attend: `kernels.paged_attention`, or a partial application of it.
             block_size: B.
@@ -172,7 +173,6 @@ class Llama(nnx.Module):
             return x + self._mlp(layer, x), pool
 
         # the residual stream stays in float32: sums of 2 · num_layers roundings would be most of the error
-        x = self.embed_tokens(token_ids)
         carry = x, jax.tree.map(lambda a: a.reshape(num_layers * num_blocks, *a.shape[2:]), kv_pool)
         if unroll:
             for layer in range(num_layers):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import json
 import logging
 from pathlib import Path
@@ -319,6 +320,25 @@ async def test_the_access_log_has_one_line_a_request_and_no_secrets(
     assert "mine-1 prompt tokens [13]" in ours
     for secret in ("sesame", "private", "someone"):
         assert secret not in ours
+
+
+async def test_a_client_that_resets_its_connection_is_no_error(
+    tokenizer: Tokenizer,
+    engine: FakeEngineClient,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What the system says of a connection that was reset behind the answer's last byte."""
+
+    def write_eof(_: asyncio.StreamWriter) -> None:
+        raise OSError(errno.ENOTCONN, "Transport endpoint is not connected")
+
+    monkeypatch.setattr(asyncio.StreamWriter, "write_eof", write_eof)
+    async with serving(make_context(tokenizer, engine, port=0)) as served:
+        response = await exchange(served.port, "GET /health HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+        assert response.status == 200
+        await until(lambda: served.http.num_connections == 0)
+    assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
 
 
 async def test_probes_are_logged_at_debug_unless_they_say_that_something_is_wrong(
