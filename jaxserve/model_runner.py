@@ -1,8 +1,7 @@
-"""The only holder of device state: parameters, KV pool and one compiled program per bucket."""
+"""The only holder of device state: parameters, KV pool and compiled programs."""
 
 from __future__ import annotations
 
-import itertools
 import math
 import time
 from collections.abc import Callable
@@ -36,11 +35,12 @@ from jaxserve.scheduler import ScheduledRow, StepPlan
 from jaxserve.sequence import Sequence
 from jaxserve.sharding import EVERYWHERE, SHARDED, DeviceGroup, VocabShard, shard_config
 from jaxserve.slot_tables import SlotTableManager
-from jaxserve.step import ModelDefinition, Pools, StepOutputs, make_all_logits, make_step
+from jaxserve.step import ModelDefinition, Pools, StepOutputs, logits_sizes, make_all_logits, make_step
 from jaxserve.step_inputs import StepProgram, StepShape, pack_step
 
-MAX_PROGRAMS = 8
+MAX_SHAPES = 8
 ROW_MULTIPLE = 8
+SHARED_TOKENS = 8
 COMPILE_THREADS = 2
 PROGRAM_BYTES_GUESS = 256 << 20
 
@@ -179,6 +179,7 @@ class ModelRunner:
         # an accelerator would stop at every branch that depends on data
         self._unroll_layers = self.platform != "cpu"
         self._programs = step_programs(self.shapes, shared=self.platform == "cpu")
+        self._program_of = {shape: i for i, program in enumerate(self._programs) for shape in program.shapes}
         self._definition = ModelDefinition.of(
             lambda: Llama(
                 self.model_config,
@@ -200,7 +201,7 @@ class ModelRunner:
         guess = self._num_blocks(program_bytes=PROGRAM_BYTES_GUESS)
         self.limits = self._limits(guess)  # what cannot work is said before anything is loaded
         self._slots = SlotTableManager(self._max_num_seqs, self.model_config.vocab_size, self._place_table)
-        self._compiled: dict[StepProgram, jax.stages.Compiled] = {}
+        self._compiled: list[jax.stages.Compiled] = []
         self._all_logits: jax.stages.Wrapped | None = None
         with ThreadPoolExecutor(COMPILE_THREADS + 1, thread_name_prefix="startup") as pool:
             started = time.monotonic()
@@ -210,13 +211,11 @@ class ModelRunner:
             self._pools = self.devices.zeros(self._abstract_pools(num_blocks))
             self._leaves = loading.result()
             if jax.process_count() > 1:  # none may wait within a program for another that still compiles
-                wait(compiling.values())
+                wait(compiling)
                 self._others.start_together(f"{self.model_config} {self.limits}")
-            for program, compiled in compiling.items():
-                self._compiled[program] = compiled.result()
-                for shape in program.shapes:  # the first run of each pays for what later ones find ready
-                    nothing = pack_step(StepPlan([]), program, shape, self.block_size)
-                    np.asarray(self._execute(program, nothing, self._slots.on_device()).sampled)
+            self._compiled = [compiled.result() for compiled in compiling]
+            for index, program in enumerate(self._programs):
+                self._run_first(index, program)
         sizes = " | ".join(
             ", ".join(f"{s.num_tokens}{' decoded' if s.decode_only else ''}" for s in program.shapes)
             for program in self._programs
@@ -230,11 +229,11 @@ class ModelRunner:
         needed, rows = plan.num_tokens, len(plan.rows)
         rates = any(row.rates for row in plan.rows)
         shape = next(shape for shape in self.shapes if shape.fits(needed, rows, prompt_logprobs=rates))
-        program = next(program for program in self._programs if shape in program.shapes)
+        program = self._program_of[shape]
         self._slots.assign([row for row in plan.rows if row.samples])
-        packed = pack_step(plan, program, shape, self.block_size, self._slots)
+        packed = pack_step(plan, self._programs[program], shape, self.block_size, self._slots)
         tables = self._slots.on_device()
-        self._others.send_step(self._programs.index(program), packed)
+        self._others.send_step(program, packed)
         return StepResult(self._execute(program, packed, tables), self.config)
 
     def follow(self) -> None:
@@ -246,7 +245,7 @@ class ModelRunner:
             match frame:
                 case Step():
                     packed = np.frombuffer(frame.packed, np.int32)
-                    outputs = self._execute(self._programs[frame.program], packed, tables)
+                    outputs = self._execute(frame.program, packed, tables)
                     jax.block_until_ready(last)  # one step ahead, as process 0 is
                     last = outputs
                 case Table():
@@ -378,21 +377,34 @@ class ModelRunner:
 
     def _compile_all(
         self, pool: ThreadPoolExecutor, guess: int
-    ) -> tuple[dict[StepProgram, Future[jax.stages.Compiled]], int]:
+    ) -> tuple[list[Future[jax.stages.Compiled]], int]:
         """All programs in the making, and the number of blocks that they are compiled for.
 
         The number is part of the programs' shape and depends on the memory that they need, so they are compiled
         for a guess; the figures of the largest one confirm or correct it.
         """
-        largest_first = self._programs[::-1]
-        compiling = {p: pool.submit(self._compile, p, guess) for p in largest_first}
-        largest = compiling[largest_first[0]].result()
-        num_blocks = self._num_blocks(program_bytes=_program_bytes(largest))
+
+        def compile_for(num_blocks: int) -> list[Future[jax.stages.Compiled]]:
+            largest_first = [pool.submit(self._compile, p, num_blocks) for p in self._programs[::-1]]
+            return largest_first[::-1]
+
+        compiling = compile_for(guess)
+        num_blocks = self._num_blocks(program_bytes=_program_bytes(compiling[-1].result()))
         if guess <= num_blocks <= 1.05 * guess:
             return compiling, guess
-        for program in compiling.values():
+        for program in compiling:
             program.cancel()
-        return {p: pool.submit(self._compile, p, num_blocks) for p in largest_first}, num_blocks
+        return compile_for(num_blocks), num_blocks
+
+    def _run_first(self, index: int, program: StepProgram) -> None:
+        """Each shape, and each number of rows whose logits have a product of their own: the first run of each pays for
+        what later ones find ready."""
+        sizes = logits_sizes(program.layout.num_rows)
+        for i in range(max(len(program.shapes), len(sizes))):
+            shape = program.shapes[i % len(program.shapes)]
+            packed = pack_step(StepPlan([]), program, shape, self.block_size)
+            program.layout.unpack(packed)["counts"][5] = sizes[i % len(sizes)]  # rows of the null block
+            np.asarray(self._execute(index, packed, self._slots.on_device()).sampled)
 
     def _limits(self, num_blocks: int) -> SchedulerConfig:
         return SchedulerConfig(
@@ -434,17 +446,20 @@ class ModelRunner:
         """Of one chip."""
         tokens = jax.ShapeDtypeStruct((num_blocks, self.block_size), jnp.int32)
         sampled = jax.ShapeDtypeStruct((self._max_num_rows,), jnp.int32)
-        room = jax.ShapeDtypeStruct((self._max_num_rows, self._vocab.num_local), jnp.float32)
-        logits = None if self._unroll_layers else room
-        return Pools(self._spec.abstract(num_blocks), tokens, sampled, logits)  # type: ignore[arg-type]
+        logits = jax.ShapeDtypeStruct((self._max_num_rows, self._vocab.num_local), jnp.float32)
+        room = logits if self._logits_bytes else None
+        return Pools(self._spec.abstract(num_blocks), tokens, sampled, room)  # type: ignore[arg-type]
+
+    @property
+    def _logits_bytes(self) -> int:
+        """Of the room for logits that steps share."""
+        return 0 if self._unroll_layers else 4 * self._max_num_rows * self._vocab.num_local
 
     def _place_table(self, name: str, table: npt.NDArray[Any]) -> jax.Array:
         self._others.send_table(name, table)
         return self.devices.put_everywhere(table)
 
-    def _execute(
-        self, program: StepProgram, packed: npt.NDArray[np.int32], tables: SlotTables
-    ) -> StepOutputs:
+    def _execute(self, program: int, packed: npt.NDArray[np.int32], tables: SlotTables) -> StepOutputs:
         outputs: StepOutputs
         inputs = packed if self.devices.group.size == 1 else self.devices.put_everywhere(packed)
         outputs, self._pools = self._compiled[program](self._leaves, self._pools, tables, inputs)
@@ -456,7 +471,7 @@ class ModelRunner:
             pool_bytes = self.config.kv_cache_memory_bytes
         else:
             weight_bytes = sum(math.prod(x.shape) * x.dtype.itemsize for x in self._definition.abstract())
-            pool_bytes = self._free_bytes - weight_bytes - program_bytes
+            pool_bytes = self._free_bytes - weight_bytes - program_bytes - self._logits_bytes
             if self.platform == "cpu":
                 pool_bytes = min(pool_bytes, CPU_DEFAULT_POOL_BYTES // self.devices.group.size)
         return num_blocks_for(
@@ -466,13 +481,13 @@ class ModelRunner:
 
 def token_buckets(max_num_batched_tokens: int, smallest: tuple[int, ...]) -> list[int]:
     """Token counts that programs are compiled for: `smallest`, then powers of two up to the budget, thinned out
-    from below the largest if they are more than MAX_PROGRAMS."""
+    from below the largest if they are more than MAX_SHAPES."""
     buckets = list(smallest)
     while buckets[-1] * 2 < max_num_batched_tokens:
         buckets.append(buckets[-1] * 2)
     largest = _round_up(max_num_batched_tokens, TOKEN_GROUP)
     buckets = [b for b in buckets if b < largest] + [largest]
-    while len(buckets) > MAX_PROGRAMS:
+    while len(buckets) > MAX_SHAPES:
         del buckets[-3]  # few steps are between a full chunk and a full batch of decodes
     return buckets
 
@@ -481,7 +496,7 @@ def step_shapes(
     buckets: list[int], smallest_mixed: int | None, *, max_num_seqs: int, blocks_per_row: int
 ) -> list[StepShape]:
     """Shapes that programs are compiled for, in the order in which a step looks for the first that fits it; at most
-    MAX_PROGRAMS, and the last one takes everything.
+    MAX_SHAPES, and the last one takes everything.
 
     Args:
         smallest_mixed: rows of several tokens get programs only from this size on, and decoding gets programs
@@ -498,18 +513,32 @@ def step_shapes(
     decode = [b for i, b in enumerate(buckets) if i == 0 or buckets[i - 1] < max_num_seqs]
     mixed = [b for b in buckets[:-1] if b >= smallest_mixed] + [buckets[-1]]
     shapes = [*(shape(b, decode_only=True) for b in decode), *map(shape, mixed)]
-    while len(shapes) > MAX_PROGRAMS:
+    while len(shapes) > MAX_SHAPES:
         del shapes[-3]
     return shapes
 
 
 def step_programs(shapes: list[StepShape], *, shared: bool) -> list[StepProgram]:
     """Which shapes are compiled together. Of a shared program (XLA:CPU takes long to compile, and jumps for free) all
-    but the layers is there once: for one row, for those that are sampled from at once, and for more."""
-    if not shared:
-        return [StepProgram((shape,)) for shape in shapes]
-    alike = itertools.groupby(shapes, lambda shape: (shape.num_rows > 1) + (shape.num_rows > ROW_GROUP))
-    return [StepProgram(tuple(group)) for _, group in alike]
+    but the layers is there once: for one row, for those that are sampled from at once, and for more; and within a
+    factor of SHARED_TOKENS, since each step makes room for the hidden states of the largest."""
+    programs: list[list[StepShape]] = []
+
+    def kind(shape: StepShape) -> int:
+        return (shape.num_rows > 1) + (shape.num_rows > ROW_GROUP)
+
+    for shape in shapes:
+        first = programs[-1][0] if programs else None
+        if (
+            first is not None
+            and shared
+            and kind(shape) == kind(first)
+            and shape.num_tokens <= SHARED_TOKENS * first.num_tokens
+        ):
+            programs[-1].append(shape)
+        else:
+            programs.append([shape])
+    return [StepProgram(tuple(program)) for program in programs]
 
 
 def prompt_logits(config: EngineConfig, prompts: list[list[int]]) -> list[npt.NDArray[np.float32]]:

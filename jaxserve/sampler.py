@@ -91,10 +91,17 @@ def sample(
         inputs = read()
         all_filters = _filters(inputs, vocab)
 
+        def process(rows: _Rows) -> tuple[jax.Array, jax.Array]:
+            raw, temperature = vocab.mask_padding(rows.of(logits)), rows.of(all_filters.temperature)
+            scaled = raw / temperature[:, None]
+            return raw, process_logits(scaled, raw, temperature, rows.first, inputs.processors, vocab)
+
+        # all at once where an accelerator would stop for each group: how many rows are changed is data
+        processed = process(_Rows(0, S)) if isinstance(num_rows, int) else None
+
         def draw_rows(rows: _Rows) -> tuple[jax.Array, jax.Array | None, jax.Array]:
-            raw, filters = vocab.mask_padding(rows.of(logits)), jax.tree.map(rows.of, all_filters)
-            scaled = raw / filters.temperature[:, None]
-            scaled = process_logits(scaled, raw, filters.temperature, rows.first, inputs.processors, vocab)
+            filters = jax.tree.map(rows.of, all_filters)
+            raw, scaled = process(rows) if processed is None else map(rows.of, processed)
             keep, candidates = _filtered(scaled, raw, filters, vocab, max_candidates)
             drawn = _draw(scaled, keep, filters.uniform, vocab)
             token_ids = jnp.where(filters.random, drawn, vocab.argmax(scaled))
@@ -175,10 +182,10 @@ class _Rows(NamedTuple):
 
 def _by_row_groups(function: Callable[[_Rows], Any], num_rows: int, num_used: jax.Array | int) -> Any:
     """`function` of at most ROW_GROUP rows at a time, as far as rows are in use: what it needs for itself is several
-    times [S, V], and all rows together would take that from the KV pool. Of rows that are not in use zeros."""
-    if num_rows <= ROW_GROUP:
+    times [S, V], and all rows together would take that from the KV pool. Of groups that are not in use zeros."""
+    if num_rows <= ROW_GROUP and isinstance(num_used, int):
         return function(_Rows(0, num_rows))
-    size = math.gcd(num_rows, ROW_GROUP)
+    size = math.gcd(num_rows, ROW_GROUP if num_rows > ROW_GROUP else ROW_GROUP // 2)
 
     def compute(g: jax.Array, out: Any) -> Any:
         first = g * size
@@ -223,10 +230,10 @@ def _top_k_top_p_mask(
     """[S, V] mask of the `top_k` likeliest tokens and, within them, of the smallest set of likeliest tokens
     with a mass of at least `top_p`; the lowest ids win a tie."""
     keys = _sortable(scaled)
-    in_k = _smallest_set(keys, None, top_k[:, None].astype(jnp.float32), jnp.any(top_k < vocab.size), vocab)
+    in_k = _smallest_set(keys, None, top_k[:, None].astype(jnp.float32), (top_k < vocab.size)[:, None], vocab)
     weights = jnp.where(in_k, jnp.exp(scaled - peak), 0.0)
     # top-p cuts what top-k left; without top-k that is everything
-    in_p = _smallest_set(keys, weights, top_p[:, None] * vocab.sum(weights), jnp.any(top_p < 1.0), vocab)
+    in_p = _smallest_set(keys, weights, top_p[:, None] * vocab.sum(weights), (top_p < 1.0)[:, None], vocab)
     return in_k & (in_p | (top_p >= 1.0)[:, None])
 
 
@@ -237,7 +244,7 @@ def _smallest_set(
     keys: jax.Array, weights: jax.Array | None, target: jax.Array, wanted: jax.Array, vocab: VocabShard
 ) -> jax.Array:
     """[S, V] mask of the largest keys, the lowest ids of equals, with a sum of `weights` (or a number) that reaches
-    `target` [S, 1]; all of them where that is more than there is, or if it is not `wanted`.
+    `target` [S, 1]; all of them where that is more than there is. Only rows that are `wanted` [S, 1] are waited for.
 
     The target is at least the smallest float, so that the largest key is always among them. On several chips every
     number that a loop asks is the same on all: they sum up inside it.
@@ -254,7 +261,7 @@ def _smallest_set(
 
     def unsettled(carry: _Search) -> jax.Array:
         i, _, reached, missed = carry  # a number tells when no two keys are left to choose from
-        return wanted & (i < FLOAT_BITS) & (jnp.any(reached - missed > 1) if weights is None else True)
+        return (i < FLOAT_BITS) & jnp.any(wanted if weights is not None else wanted & (reached - missed > 1))
 
     def settle_bit(carry: _Search) -> _Search:
         i, least, reached, missed = carry
@@ -278,7 +285,7 @@ def _smallest_set(
         higher = last | (jnp.int32(1 << (id_bits - 1)) >> i)
         return jnp.where(total(above | (equal & (ids < higher))) >= target, last, higher)
 
-    tied = wanted & jnp.any(vocab.count(equal) > 1)
+    tied = jnp.any(wanted & (vocab.count(equal) > 1))
     start = jnp.where(tied, jnp.zeros_like(least, jnp.int32), vocab.size)
     last = lax.fori_loop(0, jnp.where(tied, id_bits, 0), settle_id, start)
     return above | (equal & (ids <= last))

@@ -109,7 +109,7 @@ def make_step(
     unroll_layers: bool = False,
 ) -> Step:
     """The function to compile, with several chips what each of them does; `attention_backend` as in
-    `kernels.paged_attention`. Where layers are not unrolled, rows that are not in use cost nothing."""
+    `kernels.paged_attention`. With room for logits in the pools, rows that are not in use cost nothing."""
     layout = program.layout
 
     def step(
@@ -145,14 +145,20 @@ def make_step(
     return step
 
 
+def logits_sizes(num_rows: int) -> list[int]:
+    """Numbers of rows for whose logits a program of `num_rows` has a product."""
+    return [
+        *(size for size in (FEWEST_ROWS << i for i in range(num_rows.bit_length())) if size < num_rows),
+        num_rows,
+    ]
+
+
 def _logits_of_rows(
     model: Llama, hidden: jax.Array, index: jax.Array, num_rows: jax.Array, logits: jax.Array
 ) -> jax.Array:
     """Put the logits of the tokens `index` [S], of which the first `num_rows` are in use, into `logits` [S or more, V]
     by the smallest product that takes them: beside a prompt that of 64 rows is 6 % of the step."""
-    S = index.shape[0]
-    sizes = [*(size for size in (FEWEST_ROWS << i for i in range(S.bit_length())) if size < S), S]
-    for smaller, size in itertools.pairwise([0, *sizes]):
+    for smaller, size in itertools.pairwise([0, *logits_sizes(index.shape[0])]):
 
         def compute(zero: jax.Array, logits: jax.Array, size: int = size) -> jax.Array:
             return lax.dynamic_update_slice(logits, model.logits(hidden[index[:size] + zero]), (0, 0))
@@ -268,7 +274,7 @@ def _forward(
             num_tiles=num_tiles,
         )
         return model(
-            embedded[: shape.num_tokens],
+            lax.dynamic_slice_in_dim(embedded, zero, shape.num_tokens),
             own["positions"],
             kv_pool,
             metadata,
@@ -288,7 +294,7 @@ def _forward(
             hidden, kv_pool = compute(shape, carry[1], zero)
             return lax.dynamic_update_slice(carry[0], hidden, (0, 0)), kv_pool
 
-        carry = _run_if(inputs["shape"][0] == i, compute_into, carry)
+        carry = _run_if(inputs["shape_index"][0] == i, compute_into, carry)
     return carry[0], pools._replace(kv=carry[1])
 
 

@@ -32,7 +32,7 @@ class SlotLookup(Protocol):
 
 @dataclass(frozen=True)
 class StepShape:
-    """Static shape of one compiled step.
+    """Static shape of a step.
 
     Attributes:
         num_tokens: T, the token bucket.
@@ -85,7 +85,7 @@ class StepShape:
             "prompt_tokens": (T if self.prompt_logprobs else 0,),
             # tokens attended one by one, tiles, block copies, processed rows, prompt_tokens, rows
             "counts": (6,),
-            "shape": (1,),  # which of the program's
+            "shape_index": (1,),  # which of the program's
         }
 
     @property
@@ -186,7 +186,7 @@ def pack_step(
     inputs["counts"][:] = (
         num_single_tokens, len(tiles), len(copies), len(processed), num_prompt_tokens, len(plan.rows),
     )  # fmt: skip
-    inputs["shape"][0] = program.shapes.index(shape)
+    inputs["shape_index"][0] = program.shapes.index(shape)
     return buffer
 
 

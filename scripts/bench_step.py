@@ -25,7 +25,7 @@ import numpy as np
 from jaxserve import LLM, SamplingParams, sampler, step
 from jaxserve.constraints.constraint import CompiledConstraint, Constraint
 from jaxserve.messages import AbortRequest, AddRequest
-from jaxserve.sampler import SampleOutputs
+from jaxserve.sampler import SampleOutputs, SamplingInputs
 from jaxserve.sharding import VocabShard
 
 SCHEMA = {"type": "array", "items": {"type": "string"}, "minItems": 400}
@@ -109,11 +109,19 @@ def main() -> None:
 def _greedy_only(model: str) -> LLM:
     """Its programs hold none of the sampler but the argmax."""
 
-    def sample(logits: jax.Array, *_: Any, max_logprobs: int, **__: Any) -> SampleOutputs:
-        S, V = logits.shape
+    def sample(
+        logits: jax.Array,
+        _: Any,
+        read: Callable[[], SamplingInputs],
+        vocab: VocabShard,
+        *,
+        max_logprobs: int,
+        **__: Any,
+    ) -> SampleOutputs:
+        S, V = read().temperature.shape[0], vocab.size
         logprobs = jnp.zeros((S, 2 + 2 * max_logprobs), jnp.int32)
         candidates = jnp.zeros((S, 3 * min(sampler.NUM_BEAM_CANDIDATES, V)), jnp.int32)
-        return SampleOutputs(VocabShard(V).argmax(logits), logprobs, candidates)
+        return SampleOutputs(vocab.argmax(logits[:S]), logprobs, candidates)
 
     def prompt_logprobs(*_: Any) -> jax.Array:
         return jnp.zeros((0, 2), jnp.int32)

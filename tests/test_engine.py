@@ -8,6 +8,7 @@ import statistics
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import msgspec
@@ -17,9 +18,10 @@ from jaxserve.config import EngineConfig
 from jaxserve.engine import Engine
 from jaxserve.errors import RequestError
 from jaxserve.messages import AbortRequest, AddRequest, SequenceOutput
-from jaxserve.model_runner import ModelRunner, step_shapes, token_buckets
+from jaxserve.model_runner import ModelRunner, step_programs, step_shapes, token_buckets
 from jaxserve.sampling_params import SamplingParams
-from jaxserve.step_inputs import StepProgram, StepShape
+from jaxserve.step import logits_sizes
+from jaxserve.step_inputs import StepShape
 
 TINY = {
     "architectures": ["LlamaForCausalLM"],
@@ -353,6 +355,49 @@ def test_accelerators_decode_with_programs_of_their_own() -> None:
     ]  # fmt: skip
 
 
+@pytest.mark.parametrize(
+    ("budget", "max_num_seqs", "together"),
+    [
+        (256, 64, [[1], [8, 16], [32, 64, 128, 256]]),
+        (256, 16, [[1], [8, 16, 32, 64], [128, 256]]),
+        (256, 8, [[1], [8, 16, 32, 64], [128, 256]]),
+        (8192, 64, [[1], [8, 16], [32, 64, 128], [4096, 8192]]),
+        (1, 64, [[1], [8, 16]]),
+    ],
+)
+def test_shapes_of_a_kind_share_a_program_on_a_cpu(
+    budget: int, max_num_seqs: int, together: list[list[int]]
+) -> None:
+    shapes = step_shapes(token_buckets(budget, (1, 8)), None, max_num_seqs=max_num_seqs, blocks_per_row=4)
+    programs = step_programs(shapes, shared=True)
+    assert [[shape.num_tokens for shape in program.shapes] for program in programs] == together
+    for program in programs:
+        for shape in program.shapes:
+            for name, dims in shape.fields.items():
+                assert all(a <= b for a, b in zip(dims, program.layout.fields[name], strict=True)), name
+    assert [program.shapes for program in step_programs(shapes, shared=False)] == [(s,) for s in shapes]
+
+
+def test_every_shape_and_every_number_of_logits_has_run_before_ready(
+    runner: ModelRunner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ran: set[tuple[int, int]] = set()
+    logits: set[tuple[int, int]] = set()
+
+    def execute(program: int, packed: Any, tables: Any) -> Any:
+        inputs = runner._programs[program].layout.unpack(packed)
+        ran.add((program, int(inputs["shape_index"][0])))
+        logits.add((program, int(inputs["counts"][5])))
+        return SimpleNamespace(sampled=0)
+
+    monkeypatch.setattr(runner, "_execute", execute)
+    for index, program in enumerate(runner._programs):
+        runner._run_first(index, program)
+    programs = list(enumerate(runner._programs))
+    assert ran == {(i, shape) for i, program in programs for shape in range(len(program.shapes))}
+    assert logits == {(i, size) for i, program in programs for size in logits_sizes(program.layout.num_rows)}
+
+
 def test_a_step_takes_the_first_shape_that_fits() -> None:
     decode, mixed = StepShape(8, 8, 4, decode_only=True), StepShape(8, 8, 4)
     assert decode.fits(2, 2, prompt_logprobs=False)
@@ -367,18 +412,18 @@ def test_one_program_and_one_transfer_each_way_per_step(
 ) -> None:
     calls: list[tuple[int, ...]] = []
     uploads: list[Any] = []
-    programs = dict(runner._compiled)
+    programs = runner._compiled
 
-    def counted(program: StepProgram) -> Any:
+    def counted(program: Any) -> Any:
         def call(leaves: Any, pools: Any, tables: Any, packed: Any) -> Any:
             calls.append(packed.shape)
             if all(tables.masks is not masks for masks in uploads):
                 uploads.append(tables.masks)  # on the device already, but for steps that change them
-            return programs[program](leaves, pools, tables, packed)
+            return program(leaves, pools, tables, packed)
 
         return call
 
-    monkeypatch.setattr(runner, "_compiled", {program: counted(program) for program in programs})
+    monkeypatch.setattr(runner, "_compiled", [counted(program) for program in programs])
     engine = make_engine(runner)
     requests = mixed_requests(6)
     for request in requests:

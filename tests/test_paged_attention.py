@@ -328,6 +328,20 @@ def test_a_soft_cap_bounds_the_scores() -> None:
     np.testing.assert_allclose(out[0], 1 / (1 + np.exp(-2.0)), rtol=1e-6)
 
 
+def test_a_shape_finds_its_inputs_in_a_larger_shapes_layout() -> None:
+    rng = np.random.RandomState(3)
+    small, large = StepShape(64, 8, 20), StepShape(128, 16, 20, prompt_logprobs=True)
+    plan = make_plan([(5, 1), (0, 1), (3, 40)], rng)
+    own = small.unpack(pack_step(plan, StepProgram((small,)), small, BLOCK_SIZE))
+    program = StepProgram((small, large))
+    for shape in program.shapes:
+        buffer = pack_step(plan, program, shape, BLOCK_SIZE)
+        assert large.unpack(buffer)["shape_index"] == program.shapes.index(shape)
+        narrow = small.narrow(large.unpack(buffer))
+        for name in own.keys() - {"shape_index"}:
+            np.testing.assert_array_equal(narrow[name], own[name], name)
+
+
 def test_blocks_are_copied_in_order_and_only_as_many_as_asked() -> None:
     tokens = jnp.arange(6).reshape(6, 1)
     kv = jnp.stack([tokens + 10.0 * layer for layer in range(2)])

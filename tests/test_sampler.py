@@ -116,6 +116,43 @@ def drawn_tokens(logits: Array, num_draws: int, **values: Any) -> list[int]:
     return run(np.tile(logits, (num_draws, 1)), inputs).token_ids.tolist()
 
 
+@pytest.mark.parametrize("rows", [16, 24, 40])
+@pytest.mark.parametrize("used", [0, 1, 8, 9, 16, 24])
+@pytest.mark.parametrize("processed", [False, True])
+def test_rows_that_are_not_in_use_change_nothing(rows: int, used: int, processed: bool) -> None:
+    """They are skipped, whatever they hold; those in use give what they give where all are computed."""
+    used = min(used, rows)
+    rng = np.random.RandomState(rows + used)
+    logits = rng.randn(48, 200) * 3
+    logits[used:] = np.nan
+    settings: dict[str, Any] = {"top_p": 0.8, "top_k": 20, "seed_low": np.arange(rows), "num_logprobs": 2}
+    inputs = inputs_for(rows, temperature=np.arange(rows) % 3 * 0.5, **settings)
+    changed = np.flatnonzero(np.arange(rows) % 7 == 2)
+    changed = changed[changed < used]
+    inputs = inputs._replace(
+        top_k=jnp.where(jnp.arange(rows) < used, inputs.top_k, 0),
+        top_p=jnp.where(jnp.arange(rows) < used, inputs.top_p, 1.0),
+        processors=inputs.processors._replace(
+            rows=jnp.zeros(rows, jnp.int32).at[: len(changed)].set(changed),
+            num_rows=jnp.int32(len(changed)),
+            slot=jnp.ones(rows, jnp.int32),
+            num_biases=jnp.ones(rows, jnp.int32),
+            repetition=jnp.ones(rows),
+            tables=SlotTables(
+                bias_ids=jnp.full((2, 64), 123, jnp.int32),
+                bias_values=jnp.full((2, 64), 1e3),
+                masks=jnp.full((2, 7), 0xFFFFFFFF, jnp.uint32),
+            ),
+        ),
+    )
+    fixed = {"vocab": VocabShard(200), "max_logprobs": 5, "processed_logprobs": processed}
+    some = jax.jit(lambda x, n: sample(x, n, lambda: inputs, **fixed))(jnp.asarray(logits, jnp.float32), used)
+    all_of_them = jitted_sample(jnp.nan_to_num(jnp.asarray(logits[:rows], jnp.float32)), inputs, **fixed)
+    for name, a, b in zip(some._fields, some, all_of_them, strict=True):
+        np.testing.assert_array_equal(a[:used], b[:used], name)
+    assert set(changed) <= set(np.flatnonzero(np.asarray(some.token_ids) == 123))
+
+
 def test_greedy_takes_the_lowest_id_on_a_tie_and_ignores_the_filters() -> None:
     logits = np.zeros((3, 300))
     logits[0, [7, 3, 250]] = 5.0
