@@ -220,7 +220,8 @@ def _single_kernel(
             for offset in range(0, TILE, piece):
                 # what lies behind the token's own piece is that one again: it comes from the cache, to be masked
                 at = jnp.minimum((first + i) * TILE + offset, last)
-                inside = pl.ds(mod(at, p.B) if p.B > TILE else 0, piece)
+                # a product, so that the compiler knows its divisor
+                inside = pl.ds(mod(div(at, TILE), p.B // TILE) * TILE if p.B > TILE else 0, piece)
                 plgpu.copy_gmem_to_smem(
                     pool.at[block_tables[row, div(at, p.B)], side, kv_head, inside],
                     to.at[stage, pl.ds(offset, piece)],
