@@ -1,7 +1,7 @@
 """Attention of single tokens for Hopper in Pallas' Mosaic GPU dialect, which is to replace the Triton lowering.
 
-The algorithm is that of `pallas_triton`'s single tokens: each context split over several programs ("Flash-Decoding", Dao
-et al. 2023), whose parts are merged. Here the Tensor Memory Accelerator copies K and V block by block into shared
+The algorithm is that of `pallas_triton`'s single tokens: each context is split over several programs ("Flash-Decoding",
+Dao et al. 2023), whose parts are merged. Here the Tensor Memory Accelerator copies K and V block by block into shared
 memory, and `wgmma` multiplies from there. Writing, and rows of several tokens, are `pallas_triton`'s. docs/kernels.md
 draws the layouts and gives the reasons.
 """
@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -101,8 +101,7 @@ def paged_attention(
     Raises:
         ValueError: it cannot be done, and why.
     """
-    reason = unsupported(queries, kv_pool)
-    if reason or isinstance(kv_pool, QuantizedPool):
+    if reason := unsupported(queries, kv_pool):
         raise ValueError(f"mosaic_gpu: {reason}.")
     if decode_only:
         metadata = metadata._replace(tiles=metadata.tiles[:0])
@@ -110,7 +109,7 @@ def paged_attention(
         queries, kv_pool, metadata, scale=scale, sliding_window=sliding_window, soft_cap=soft_cap
     )
     simulated = bool(interpret)
-    pool = pallas_triton.write_kv(kv_pool, keys, values, metadata, interpret=simulated)
+    pool = cast(jax.Array, pallas_triton.write_kv(kv_pool, keys, values, metadata, interpret=simulated))
     out = _attend_singles(make_plan(plan), queries, pool, metadata, interpret)
     if metadata.tiles.shape[0]:
         out = pallas_triton.attend_tiles(plan, queries, [pool], metadata, out, simulated)
@@ -170,10 +169,11 @@ def _scratch(plan: Plan) -> dict[str, Any]:
     barriers = plgpu.Barrier(num_arrivals=copies, num_barriers=STAGES)
     return {
         "q": tiled((ROWS, p.D), dtype, p.D),
-        "keys": tiled((STAGES, TILE, p.D), dtype, p.D),
-        "values": tiled((STAGES, TILE, p.D), dtype, p.D),
         "weights": tiled((ROWS, TILE), dtype, p.D),  # a product's operands share their swizzle
-        "acc": tiled((ROWS, p.D), jnp.dtype(jnp.float32), p.D),
+        # what goes out takes the place of what came in
+        "large": plgpu.RefUnion(
+            [tiled((STAGES, TILE, p.D), dtype, p.D)] * 2, tiled((ROWS, p.D), jnp.dtype(jnp.float32), p.D)
+        ),
         "peak": plgpu.SMEM((ROWS,), jnp.float32),
         "total": plgpu.SMEM((ROWS,), jnp.float32),
         "q_here": plgpu.Barrier(num_barriers=1),
@@ -198,6 +198,7 @@ def _single_kernel(
     """One token, up to ROWS query heads of one kv head, one part of the context. Rows beyond the query heads hold
     anything, NaN included: none depends on another."""
     p, s = plan, SimpleNamespace(**scratch)
+    (s.keys, s.values), s.acc = s.large
     token, group, split = (lax.axis_index(name) for name in GRID)
     kv_head = lax.div(group, jnp.int32(p.head_groups))
     real = pl.ds(0, _stored_rows(p))
@@ -298,7 +299,7 @@ def _product(a: Ref, b: Ref, columns: int) -> jax.Array:
         plgpu.wgmma(acc, a, b)
         return acc[...]
 
-    return pl.run_scoped(multiply, plgpu.ACC((ROWS, columns), jnp.float32))
+    return pl.run_scoped(multiply, plgpu.WGMMAAccumulatorRef((ROWS, columns), jnp.float32))
 
 
 def _iota(shape: tuple[int, int], axis: int) -> jax.Array:
@@ -318,7 +319,11 @@ def _columns(x: jax.Array, columns: int) -> jax.Array:
 def _merge(plan: Plan, count: jax.Array, acc: jax.Array, peak: jax.Array, total: jax.Array) -> jax.Array:
     """Parts (acc [tokens, groups, splits, rows, D]; peak, total [tokens, groups, splits, ROWS]) → [tokens, H, D]."""
     p = plan
-    acc, peak, total = acc[..., : p.single_heads, :], peak[..., : p.single_heads], total[..., : p.single_heads]
+    acc, peak, total = (
+        acc[..., : p.single_heads, :],
+        peak[..., : p.single_heads],
+        total[..., : p.single_heads],
+    )
     factors = jnp.exp2(peak - jnp.max(peak, axis=2, keepdims=True))
     out = jnp.sum(acc * factors[..., None], axis=2) / jnp.sum(total * factors, axis=2)[..., None]
     real = jnp.arange(p.num_singles) < count  # of other tokens no part was written

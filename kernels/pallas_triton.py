@@ -5,8 +5,8 @@ with the context split over several programs, whose parts are merged afterwards 
 2023); longer rows in tiles of QUERY_TILE tokens. All programs of a call are independent: what must come before is
 another call. docs/kernels.md draws the layouts and gives the reasons.
 
-JAX deprecates this lowering in favour of Mosaic GPU; nothing outside this file depends on it. JAX's own kernels say
-page for block.
+JAX deprecates this lowering in favour of Mosaic GPU; of all other files only `pallas_mosaic_gpu` depends on it. JAX's
+own kernels say page for block.
 """
 
 from __future__ import annotations

@@ -221,7 +221,9 @@ def hopper_kernels(*, quick: bool) -> Iterator[Kernel]:
     yield kernel(T=16, H=9, K=3, D=64, decode_only=True)
     for D in HEAD_DIMS:
         for dtype in ("bfloat16", "float16"):
-            yield kernel(T=128, H=8, K=2, D=D, dtype=dtype, kv_dtype=dtype, sliding_window=1024, soft_cap=30.0)
+            yield kernel(
+                T=128, H=8, K=2, D=D, dtype=dtype, kv_dtype=dtype, sliding_window=1024, soft_cap=30.0
+            )
     for B in (16, 64, 128, 256):
         yield kernel(T=256, H=8, K=2, D=64, B=B, max_model_len=4096)
     for H, K in ((1, 1), (28, 4), (71, 1), (128, 1), (128, 16)):
