@@ -157,28 +157,27 @@ def _stored_rows(plan: Plan) -> int:
 
 def _scratch(plan: Plan) -> dict[str, Any]:
     """Shared memory and barriers of a program."""
-    p, dtype = plan, plan.query_dtype
+    p = plan
 
-    def tiled(shape: tuple[int, ...], dtype: Any, lanes: int) -> Any:
-        """As wgmma wants it, with rows of `lanes` elements swizzled."""
-        bytes_ = plgpu.find_swizzle(lanes * dtype.itemsize * 8)
-        tiling = plgpu.TilingTransform((TILE_ROWS, bytes_ // dtype.itemsize))
-        return plgpu.SMEM(shape, dtype, transforms=(tiling, plgpu.SwizzleTransform(bytes_)))
+    def tiled(dtype: Any, *shape: int) -> Any:
+        """Tiles of 8 rows, swizzled: as wgmma wants them. Operands of a product share the width of their swizzle, so it
+        is what D allows for all."""
+        num_bytes = plgpu.find_swizzle(p.D * dtype.itemsize * 8)
+        tiling = plgpu.TilingTransform((TILE_ROWS, num_bytes // dtype.itemsize))
+        return plgpu.SMEM(shape, dtype, transforms=(tiling, plgpu.SwizzleTransform(num_bytes)))
 
-    copies = TILE // min(p.B, TILE)
-    barriers = plgpu.Barrier(num_arrivals=copies, num_barriers=STAGES)
+    keys = values = tiled(p.query_dtype, STAGES, TILE, p.D)
+    here = plgpu.Barrier(num_arrivals=TILE // min(p.B, TILE), num_barriers=STAGES)
     return {
-        "q": tiled((ROWS, p.D), dtype, p.D),
-        "weights": tiled((ROWS, TILE), dtype, p.D),  # a product's operands share their swizzle
+        "q": tiled(p.query_dtype, ROWS, p.D),
+        "weights": tiled(p.query_dtype, ROWS, TILE),
         # what goes out takes the place of what came in
-        "large": plgpu.RefUnion(
-            [tiled((STAGES, TILE, p.D), dtype, p.D)] * 2, tiled((ROWS, p.D), jnp.dtype(jnp.float32), p.D)
-        ),
+        "large": plgpu.RefUnion([keys, values], tiled(jnp.dtype(jnp.float32), ROWS, p.D)),
         "peak": plgpu.SMEM((ROWS,), jnp.float32),
         "total": plgpu.SMEM((ROWS,), jnp.float32),
         "q_here": plgpu.Barrier(num_barriers=1),
-        "keys_here": barriers,
-        "values_here": barriers,
+        "keys_here": here,
+        "values_here": here,
     }
 
 
@@ -318,12 +317,8 @@ def _columns(x: jax.Array, columns: int) -> jax.Array:
 
 def _merge(plan: Plan, count: jax.Array, acc: jax.Array, peak: jax.Array, total: jax.Array) -> jax.Array:
     """Parts (acc [tokens, groups, splits, rows, D]; peak, total [tokens, groups, splits, ROWS]) → [tokens, H, D]."""
-    p = plan
-    acc, peak, total = (
-        acc[..., : p.single_heads, :],
-        peak[..., : p.single_heads],
-        total[..., : p.single_heads],
-    )
+    p, heads = plan, slice(plan.single_heads)
+    acc, peak, total = acc[..., heads, :], peak[..., heads], total[..., heads]
     factors = jnp.exp2(peak - jnp.max(peak, axis=2, keepdims=True))
     out = jnp.sum(acc * factors[..., None], axis=2) / jnp.sum(total * factors, axis=2)[..., None]
     real = jnp.arange(p.num_singles) < count  # of other tokens no part was written
