@@ -16,7 +16,7 @@ Quantization = Literal["none", "int8"]
 LoadFormat = Literal["auto", "safetensors", "gguf", "dummy"]
 LogprobsMode = Literal["raw", "processed"]
 GuidedBackend = Literal["auto", "llguidance", "outlines", "lm-format-enforcer"]
-AttentionBackend = Literal["auto", "pallas_tpu", "pallas_triton", "blocked", "reference"]
+AttentionBackend = Literal["auto", "pallas_tpu", "pallas_triton", "mosaic_gpu", "blocked", "reference"]
 SchedulingPolicy = Literal["fcfs", "priority"]
 ToolCallParserName = Literal["hermes", "llama3_json", "pythonic"]
 

@@ -168,6 +168,39 @@ def _run_pallas_triton(r: Request) -> tuple[jax.Array, jax.Array | QuantizedPool
     )
 
 
+def _unsupported_by_mosaic_gpu(request: Request, platform: str) -> str | None:
+    if platform != "gpu":
+        return f"it runs on GPU, this is {platform}"
+    if (capability := _compute_capability()) is not None and not capability.startswith("9."):
+        return f"it runs on Hopper, whose compute capability is 9.0; here it is {capability}"
+    from jaxserve.kernels import pallas_mosaic_gpu
+
+    return pallas_mosaic_gpu.unsupported(request.queries, request.kv_pool)
+
+
+def _compute_capability() -> str | None:
+    """Of the GPU at hand; None: what is compiled for is not at hand."""
+    if jax.sharding.get_abstract_mesh().abstract_device is not None:
+        return None
+    return getattr(jax.devices()[0], "compute_capability", None)
+
+
+def _run_mosaic_gpu(r: Request) -> tuple[jax.Array, jax.Array | QuantizedPool]:
+    from jaxserve.kernels import pallas_mosaic_gpu
+
+    return pallas_mosaic_gpu.paged_attention(
+        r.queries,
+        r.keys,
+        r.values,
+        r.kv_pool,
+        r.metadata,
+        scale=r.scale,
+        sliding_window=r.sliding_window,
+        soft_cap=r.soft_cap,
+        decode_only=r.decode_only,
+    )
+
+
 def _unsupported_by_blocked(request: Request, _: str) -> str | None:
     if request.soft_cap is not None:
         return "it has no soft cap"
@@ -225,6 +258,8 @@ BACKENDS = {  # in order of preference
         _plain_pool,
         _reachable_by_pallas_triton,
     ),
+    # nobody has timed it
+    "mosaic_gpu": Backend((), _unsupported_by_mosaic_gpu, _run_mosaic_gpu, _plain_pool),
     "blocked": Backend(("cpu", "gpu", "tpu"), _unsupported_by_blocked, _run_blocked, _blocked_pool),
     # gathers every token's whole context: memory for tests, not for serving
     "reference": Backend((), _unsupported_by_reference, _run_reference, _plain_pool),

@@ -5,8 +5,8 @@ with the context split over several programs, whose parts are merged afterwards 
 2023); longer rows in tiles of QUERY_TILE tokens. All programs of a call are independent: what must come before is
 another call. docs/kernels.md draws the layouts and gives the reasons.
 
-JAX deprecates this lowering in favour of Mosaic GPU; nothing outside this file depends on it. JAX's own kernels say
-page for block.
+JAX deprecates this lowering in favour of Mosaic GPU; of all other files only `pallas_mosaic_gpu` depends on it. JAX's
+own kernels say page for block.
 """
 
 from __future__ import annotations
@@ -170,7 +170,7 @@ def make_plan(
         single_heads=min(G, MIN_ROWS),
         head_groups=head_groups,
         tile_heads=2 if G % 2 == 0 and Dp <= 128 and not wide else 1,
-        num_splits=min(MAX_SPLITS, _ceil_power_of_two(SPLIT_PROGRAMS // programs)),
+        num_splits=splits_for(programs),
         kv_tile=max(16, min(64, (8192 if not wide else 4096) // Dp)),
         kv_dtype=pool.dtype,
         query_dtype=queries.dtype,
@@ -179,6 +179,11 @@ def make_plan(
         sliding_window=sliding_window,
         soft_cap=soft_cap,
     )
+
+
+def splits_for(programs: int) -> int:
+    """Parts of each context, given so many programs without."""
+    return min(MAX_SPLITS, _ceil_power_of_two(SPLIT_PROGRAMS // programs))
 
 
 def paged_attention(
@@ -221,7 +226,7 @@ def paged_attention(
     pools = list(kv_pool) if isinstance(kv_pool, QuantizedPool) else [kv_pool]
     out = _attend_singles(plan, queries, pools, metadata, interpret)
     if metadata.tiles.shape[0]:
-        out = _attend_tiles(plan, queries, pools, metadata, out, interpret)
+        out = attend_tiles(plan, queries, pools, metadata, out, interpret)
     return out, kv_pool
 
 
@@ -265,7 +270,7 @@ def _write_kernel(K: int, B: int, D: int, slot_mapping: Ref, num_tokens: Ref, *r
     @pl.when(token < num_tokens[0])
     def _() -> None:
         slot = slot_mapping[token]
-        block, offset = _div(slot, B), _mod(slot, B)
+        block, offset = div(slot, B), mod(slot, B)
         # K and V of all heads below each other
         row = jnp.arange(_ceil_power_of_two(2 * K))
         side, head, real = row // K, row % K, row < 2 * K
@@ -344,8 +349,8 @@ def _single_kernel(plan: Plan, r: SimpleNamespace) -> None:
     def _() -> None:
         q = plgpu.load(r.q.at[*index], mask=mask, other=0.0).astype(p.compute_dtype)
         position = r.positions[token]
-        first = _context_start(p, position)
-        share = _ceil_div(_ceil_div(position + 1 - first, p.kv_tile), p.num_splits) * p.kv_tile
+        first = context_start(p, position)
+        share = ceil_div(ceil_div(position + 1 - first, p.kv_tile), p.num_splits) * p.kv_tile
         start = first + split * share
         stop = jnp.minimum(start + share, position + 1)
         q_positions = jnp.full((MIN_ROWS,), position, jnp.int32)
@@ -390,7 +395,7 @@ def _merge_kernel(plan: Plan, r: SimpleNamespace) -> None:
 # -- tiles ------------------------------------------------------------------------------------------------------
 
 
-def _attend_tiles(
+def attend_tiles(
     plan: Plan,
     queries: jax.Array,
     pools: list[jax.Array],
@@ -432,7 +437,7 @@ def _tile_kernel(plan: Plan, r: SimpleNamespace) -> None:
     def _() -> None:
         row, first_token = r.tiles[tile, 0], r.tiles[tile, 1]
         local = jnp.arange(p.tile_heads * QUERY_TILE)
-        tokens, heads = first_token + _mod(local, QUERY_TILE), first_head + _div(local, QUERY_TILE)
+        tokens, heads = first_token + mod(local, QUERY_TILE), first_head + div(local, QUERY_TILE)
         last_token = jnp.minimum(first_token + QUERY_TILE, r.query_start_loc[row + 1]) - 1
         real = tokens <= last_token
         lanes = jnp.arange(p.Dp)
@@ -440,8 +445,8 @@ def _tile_kernel(plan: Plan, r: SimpleNamespace) -> None:
         mask = real[:, None] & (lanes < p.D)[None, :]
         q = plgpu.load(r.q.at[*index], mask=mask, other=0.0).astype(p.compute_dtype)
         first_position = r.positions[first_token]
-        q_positions = first_position + _mod(local, QUERY_TILE)
-        start, stop = _context_start(p, first_position), first_position + (last_token - first_token) + 1
+        q_positions = first_position + mod(local, QUERY_TILE)
+        start, stop = context_start(p, first_position), first_position + (last_token - first_token) + 1
         _, total, acc = _attend(p, r, q, q_positions, row, first_head // p.G, start, stop)
         plgpu.store(r.out.at[*index], _normalize(acc, total).astype(p.query_dtype), mask=mask)
 
@@ -469,8 +474,8 @@ def _attend(
         positions = start + i * p.kv_tile + jnp.arange(p.kv_tile)
         inside = positions < stop
         # what lies behind the end reads the null block, masked
-        blocks = plgpu.load(r.block_tables.at[row, _div(positions, p.B)], mask=inside, other=0)
-        offsets = _mod(positions, p.B)
+        blocks = plgpu.load(r.block_tables.at[row, div(positions, p.B)], mask=inside, other=0)
+        offsets = mod(positions, p.B)
         mask = inside[:, None] & (lanes < p.D)[None, :]
 
         def load(side: int) -> jax.Array:
@@ -485,7 +490,7 @@ def _attend(
             scores = scores * scales(0)
         if p.soft_cap is not None:
             scores = p.soft_cap * jnp.tanh(scores / p.soft_cap)
-        visible = _visible(positions[None, :], q_positions[:, None], p.sliding_window) & inside[None, :]
+        visible = is_visible(positions[None, :], q_positions[:, None], p.sliding_window) & inside[None, :]
         scores = jnp.where(visible, scores * LOG2E, MASKED)
         new_peak = jnp.maximum(peak, jnp.max(scores, axis=1))
         rescale = jnp.exp2(peak - new_peak)
@@ -498,17 +503,17 @@ def _attend(
 
     rows = queries.shape[0]
     nothing = (jnp.full(rows, MASKED), jnp.zeros(rows), jnp.zeros((rows, p.Dp)))
-    return lax.fori_loop(0, _ceil_div(jnp.maximum(stop - start, 0), p.kv_tile), update, nothing)
+    return lax.fori_loop(0, ceil_div(jnp.maximum(stop - start, 0), p.kv_tile), update, nothing)
 
 
-def _context_start(plan: Plan, position: jax.Array) -> jax.Array:
+def context_start(plan: Plan, position: jax.Array) -> jax.Array:
     """First position that a token at `position` sees."""
     if plan.sliding_window is None:
         return jnp.int32(0)
     return jnp.maximum(position - (plan.sliding_window - 1), 0)
 
 
-def _visible(kv_positions: jax.Array, q_positions: jax.Array, sliding_window: int | None) -> jax.Array:
+def is_visible(kv_positions: jax.Array, q_positions: jax.Array, sliding_window: int | None) -> jax.Array:
     visible = kv_positions <= q_positions
     if sliding_window is not None:
         visible &= kv_positions > q_positions - sliding_window
@@ -575,16 +580,16 @@ def _call(
 # Sizes are powers of two: shifts and masks, where a division would be a dozen instructions.
 
 
-def _div(x: jax.Array, n: int) -> jax.Array:
+def div(x: jax.Array, n: int) -> jax.Array:
     return x >> (n.bit_length() - 1)
 
 
-def _mod(x: jax.Array, n: int) -> jax.Array:
+def mod(x: jax.Array, n: int) -> jax.Array:
     return x & (n - 1)
 
 
-def _ceil_div(x: jax.Array, n: int) -> jax.Array:
-    return _div(x + (n - 1), n)
+def ceil_div(x: jax.Array, n: int) -> jax.Array:
+    return div(x + (n - 1), n)
 
 
 def _ceil_power_of_two(x: int) -> int:

@@ -20,8 +20,18 @@ from concurrent.futures.process import BrokenProcessPool
 from typing import NamedTuple
 
 import jax
-from aot_chips import CHIPS, abstract_mesh, devices, max_devices, memory, platform
-from aot_programs import Kernel, Program, Step, all_kernels, all_steps, num_bytes, quick_kernels, quick_steps
+from aot_chips import CHIPS, abstract_mesh, devices, is_hopper, max_devices, memory, platform
+from aot_programs import (
+    Kernel,
+    Program,
+    Step,
+    all_kernels,
+    all_steps,
+    hopper_kernels,
+    num_bytes,
+    quick_kernels,
+    quick_steps,
+)
 from jax.sharding import SingleDeviceSharding
 
 MAX_TEMP_SHARE = 0.05  # of the pool
@@ -121,6 +131,8 @@ def copied_weight(program: Program, hlo: str) -> str | None:
 
 
 def cases_for(chip: str, *, quick: bool, num_layers: int | None) -> Iterator[Kernel | Step]:
+    if is_hopper(chip):
+        yield from hopper_kernels(quick=quick)
     if quick:
         yield from quick_kernels(platform(chip))
         yield from quick_steps(memory(chip))

@@ -74,6 +74,10 @@ def platform(chip: str) -> str:
     return "tpu" if chip in TPUS else "gpu"
 
 
+def is_hopper(chip: str) -> bool:
+    return chip in GPUS and GPUS[chip].compute_capability == (9, 0)
+
+
 def memory(chip: str) -> int:
     """Bytes of a device."""
     return TPUS[chip].memory if chip in TPUS else GPUS[chip].memory

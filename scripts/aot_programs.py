@@ -39,6 +39,8 @@ WEIGHTS = jnp.dtype("bfloat16")  # but for the quantized ones
 QUICK_LAYERS = 2
 MAX_MODEL_LEN = 8192
 
+HEAD_DIMS = (64, 80, 96, 128)  # of the backend for Hopper
+
 SMOLLM2_135M = {
     "architectures": ["LlamaForCausalLM"],
     "hidden_size": 576,
@@ -100,7 +102,11 @@ def num_bytes(tree: Any) -> int:
 
 @dataclass(frozen=True, kw_only=True)
 class Kernel:
-    """Paged attention on one layer's pool of KERNEL_POOL_BYTES. Letters as in docs/kernels.md."""
+    """Paged attention on one layer's pool of KERNEL_POOL_BYTES. Letters as in docs/kernels.md.
+
+    Attributes:
+        backend: None: the one that its platform prefers.
+    """
 
     T: int
     H: int
@@ -114,6 +120,7 @@ class Kernel:
     sliding_window: int | None = None
     soft_cap: float | None = None
     decode_only: bool = False
+    backend: str | None = None
 
     num_devices = 1
 
@@ -121,6 +128,7 @@ class Kernel:
     def name(self) -> str:
         parts = [
             "attention",
+            *([] if self.backend is None else [self.backend]),
             "decode" if self.decode_only else "mixed",
             f"T{self.T} H{self.H} K{self.K} D{self.D} B{self.B}",
             f"{self.dtype}/{self.kv_dtype}",
@@ -132,7 +140,7 @@ class Kernel:
     def program(self, platform: str, devices: Sequence[Any], memory: int) -> Program:
         """For any device of a platform."""
         del devices, memory
-        backend, kv_dtype = BACKENDS[platform], jnp.dtype(self.kv_dtype)
+        backend, kv_dtype = self.backend or BACKENDS[platform], jnp.dtype(self.kv_dtype)
         one = pool_struct(backend, PoolShape(1, self.K, self.B, self.D, kv_dtype), platform)
         num_blocks = KERNEL_POOL_BYTES // num_bytes(one)
         pool = pool_struct(backend, PoolShape(num_blocks, self.K, self.B, self.D, kv_dtype), platform)
@@ -201,6 +209,25 @@ def all_kernels(platform: str) -> Iterator[Kernel]:
     for H, K in ((1, 1), (8, 1), (28, 4), (64, 8), (16, 16), (128, 16)):
         yield kernel(T=64, H=H, K=K, D=128, decode_only=True)
         yield kernel(T=2048, H=H, K=K, D=128, S=256)
+
+
+def hopper_kernels(*, quick: bool) -> Iterator[Kernel]:
+    """Of the backend for Hopper alone: the same corners of what it can do, which is less."""
+    kernel = functools.partial(Kernel, B=BLOCK_SIZES["gpu"], backend="mosaic_gpu")
+    yield kernel(T=64, H=32, K=8, D=128, decode_only=True)
+    if quick:
+        return
+    yield kernel(T=512, H=9, K=3, D=64, B=16)
+    yield kernel(T=16, H=9, K=3, D=64, decode_only=True)
+    for D in HEAD_DIMS:
+        for dtype in ("bfloat16", "float16"):
+            yield kernel(
+                T=128, H=8, K=2, D=D, dtype=dtype, kv_dtype=dtype, sliding_window=1024, soft_cap=30.0
+            )
+    for B in (16, 64, 128, 256):
+        yield kernel(T=256, H=8, K=2, D=64, B=B, max_model_len=4096)
+    for H, K in ((1, 1), (28, 4), (71, 1), (128, 1), (128, 16)):
+        yield kernel(T=64, H=H, K=K, D=128, decode_only=True)
 
 
 # -- whole steps ------------------------------------------------------------------------------------------------

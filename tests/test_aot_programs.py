@@ -62,10 +62,11 @@ def test_a_step_returns_its_pools_as_it_took_them(
 
 @pytest.mark.parametrize("platform", KINDS)
 def test_kernels_are_traced_for_their_own_layouts(programs: Any, platform: str) -> None:
-    quick = list(programs.quick_kernels(platform))
-    assert len({kernel.name for kernel in quick}) == len(quick)
+    kernels = list(programs.quick_kernels(platform))
+    assert len({kernel.name for kernel in kernels}) == len(kernels)
+    hopper = programs.hopper_kernels(quick=True) if platform == "gpu" else ()
     with on(platform):
-        for kernel in quick[:2]:
+        for kernel in [*kernels[:2], *hopper]:
             program = kernel.program(platform, [], 0)
             out, pool = jax.eval_shape(program.function, *program.arguments)
             assert out.shape == program.arguments[0].shape

@@ -16,7 +16,7 @@ RANKS = [  # from the bottom up; modules of one rank do not import each other
     "kernels.pallas_tpu_layout", "kernels.pallas_tpu_common", "kernels.pallas_tpu_decode kernels.pallas_tpu_prefill",
     "constraints constraints.constraint constraints.backends", "constraints.backends.base",
     "messages constraints.text_constraint compilation demo_model",
-    "kernels.blocked_attention kernels.pallas_tpu kernels.pallas_triton",
+    "kernels.blocked_attention kernels.pallas_tpu kernels.pallas_triton", "kernels.pallas_mosaic_gpu",
     "models models.config",
     "sequence models.rope kernels.paged_attention sharding", "models.layers logits_processors",
     "block_manager models.loader.checkpoint models.loader.hub models.loader.gguf models.loader.safetensors",

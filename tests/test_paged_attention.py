@@ -275,6 +275,9 @@ def test_none_fits_and_every_backend_says_why() -> None:
         ("pallas_tpu", {"layout": "tpu", "dtype": "float16"}, "tpu", "queries are float16"),
         ("pallas_triton", {}, "cpu", "it runs on GPU, this is cpu"),
         ("pallas_triton", {"layout": "tpu"}, "gpu", r"it must be \[N, 2, K, B, 64\]"),
+        ("mosaic_gpu", {}, "cpu", "it runs on GPU, this is cpu"),
+        ("mosaic_gpu", {"layout": "tpu"}, "gpu", r"it must be \[N, 2, K, B, 64\]"),
+        ("mosaic_gpu", {"dtype": "float32"}, "gpu", "wgmma takes both in bfloat16 or both in float16"),
         ("blocked", {"layout": "unscaled"}, "cpu", "a pool of int8 needs scales"),
         (
             "blocked",
@@ -288,7 +291,7 @@ def test_none_fits_and_every_backend_says_why() -> None:
             "fast",
             {},
             "cpu",
-            "There is no attention backend 'fast': use auto or pallas_tpu, pallas_triton, blocked, reference",
+            "There is no attention backend 'fast': use auto or pallas_tpu, pallas_triton, mosaic_gpu",
         ),
     ],
 )

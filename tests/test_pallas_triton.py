@@ -145,7 +145,7 @@ def test_few_tokens_are_split_and_many_are_not() -> None:
 def test_a_mask_that_is_off_by_one_is_caught(
     variant: Variant, off_by_one: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    visible = pallas_triton._visible
+    visible = pallas_triton.is_visible
 
     def broken(kv_positions: Any, q_positions: Any, window: int | None) -> Any:
         assert window is not None
@@ -153,7 +153,7 @@ def test_a_mask_that_is_off_by_one_is_caught(
             return visible(kv_positions, q_positions, window - 1)
         return visible(kv_positions, q_positions + (1 if off_by_one == "future" else -1), window)
 
-    monkeypatch.setattr(pallas_triton, "_visible", broken)
+    monkeypatch.setattr(pallas_triton, "is_visible", broken)
     rows = [(57, 1), (130, 1)] if variant.decode_only else [(57, 1), (20, 90), (0, 30)]
     case = Case(variant, rows, seed=1)
     out, _ = run(case, build(variant))
