@@ -187,7 +187,9 @@ def report(case: Kernel | Step, chip: str, future: Future[Result]) -> bool:
     label = f"{case.name:<84} {chip:<4}"
     try:
         result = future.result()
-    except (jax.errors.JaxRuntimeError, NotImplementedError, ValueError, BrokenProcessPool) as error:
+    except (
+        jax.errors.JaxRuntimeError, NotImplementedError, ValueError, AssertionError, BrokenProcessPool
+    ) as error:  # fmt: skip
         print(f"{label} FAILED {type(error).__name__}: {error}", flush=True)
         return False
     print(
