@@ -239,8 +239,8 @@ class _Connection(TCPServer):  # type: ignore[misc]
 
     def _linger(self) -> bool:
         """Say that nothing more will come, and read on until the client closes, too: closing with bytes of a
-        refused body unread would make the client's system throw away the answer. Returns whether there still is a
-        client."""
+        refused body unread would make the client's system throw away the answer. Returns False if the client is
+        gone."""
         if self._lingering is None and not self.writer.is_closing():
             try:
                 self.writer.write_eof()

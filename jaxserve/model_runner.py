@@ -40,7 +40,7 @@ from jaxserve.step_inputs import StepProgram, StepShape, pack_step
 
 MAX_SHAPES = 8
 ROW_MULTIPLE = 8
-SHARED_TOKENS = 8
+SHARED_TOKENS = 8  # times as many as in the smallest shape of a program
 COMPILE_THREADS = 2
 PROGRAM_BYTES_GUESS = 256 << 20
 
@@ -399,7 +399,8 @@ class ModelRunner:
     def _run_first(self, index: int, program: StepProgram) -> None:
         """Each shape, and each number of rows whose logits have a product of their own: the first run of each pays for
         what later ones find ready."""
-        sizes = logits_sizes(program.layout.num_rows)
+        rows = program.layout.num_rows
+        sizes = logits_sizes(rows) if self._logits_bytes else [rows]
         for i in range(max(len(program.shapes), len(sizes))):
             shape = program.shapes[i % len(program.shapes)]
             packed = pack_step(StepPlan([]), program, shape, self.block_size)
@@ -520,8 +521,8 @@ def step_shapes(
 
 def step_programs(shapes: list[StepShape], *, shared: bool) -> list[StepProgram]:
     """Which shapes are compiled together. Of a shared program (XLA:CPU takes long to compile, and jumps for free) all
-    but the layers is there once: for one row, for those that are sampled from at once, and for more; and within a
-    factor of SHARED_TOKENS, since each step makes room for the hidden states of the largest."""
+    but the layers is there once: for one row, for up to ROW_GROUP, and for more; and within a factor of
+    SHARED_TOKENS, since each step makes room for the hidden states of the largest."""
     programs: list[list[StepShape]] = []
 
     def kind(shape: StepShape) -> int:

@@ -109,7 +109,7 @@ def make_step(
     unroll_layers: bool = False,
 ) -> Step:
     """The function to compile, with several chips what each of them does; `attention_backend` as in
-    `kernels.paged_attention`. With room for logits in the pools, rows that are not in use cost nothing."""
+    `kernels.paged_attention`. With room for logits in the pools, rows that are not in use are skipped."""
     layout = program.layout
 
     def step(

@@ -122,10 +122,10 @@ def _unsupported_by_pallas_tpu(request: Request, platform: str) -> str | None:
     return pallas_tpu_layout.unsupported(request.queries, request.kv_pool, request.metadata)
 
 
-def _run_pallas_tpu(r: Request) -> tuple[jax.Array, jax.Array | QuantizedPool]:
-    from jaxserve.kernels import pallas_tpu  # where it runs: importing Pallas takes a while
-
-    return pallas_tpu.paged_attention(
+def _run_kernel(
+    attend: Callable[..., tuple[jax.Array, jax.Array | QuantizedPool]], r: Request
+) -> tuple[jax.Array, jax.Array | QuantizedPool]:
+    return attend(
         r.queries,
         r.keys,
         r.values,
@@ -136,6 +136,12 @@ def _run_pallas_tpu(r: Request) -> tuple[jax.Array, jax.Array | QuantizedPool]:
         soft_cap=r.soft_cap,
         decode_only=r.decode_only,
     )
+
+
+def _run_pallas_tpu(r: Request) -> tuple[jax.Array, jax.Array | QuantizedPool]:
+    from jaxserve.kernels import pallas_tpu  # where it runs: importing Pallas takes a while
+
+    return _run_kernel(pallas_tpu.paged_attention, r)
 
 
 def _unsupported_by_pallas_triton(request: Request, platform: str) -> str | None:
@@ -155,17 +161,7 @@ def _reachable_by_pallas_triton(pool: jax.ShapeDtypeStruct) -> int:
 def _run_pallas_triton(r: Request) -> tuple[jax.Array, jax.Array | QuantizedPool]:
     from jaxserve.kernels import pallas_triton
 
-    return pallas_triton.paged_attention(
-        r.queries,
-        r.keys,
-        r.values,
-        r.kv_pool,
-        r.metadata,
-        scale=r.scale,
-        sliding_window=r.sliding_window,
-        soft_cap=r.soft_cap,
-        decode_only=r.decode_only,
-    )
+    return _run_kernel(pallas_triton.paged_attention, r)
 
 
 def _unsupported_by_mosaic_gpu(request: Request, platform: str) -> str | None:
@@ -188,17 +184,7 @@ def _compute_capability() -> str | None:
 def _run_mosaic_gpu(r: Request) -> tuple[jax.Array, jax.Array | QuantizedPool]:
     from jaxserve.kernels import pallas_mosaic_gpu
 
-    return pallas_mosaic_gpu.paged_attention(
-        r.queries,
-        r.keys,
-        r.values,
-        r.kv_pool,
-        r.metadata,
-        scale=r.scale,
-        sliding_window=r.sliding_window,
-        soft_cap=r.soft_cap,
-        decode_only=r.decode_only,
-    )
+    return _run_kernel(pallas_mosaic_gpu.paged_attention, r)
 
 
 def _unsupported_by_blocked(request: Request, _: str) -> str | None:

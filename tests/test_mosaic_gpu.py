@@ -24,7 +24,6 @@ from jaxserve.kernels import pallas_mosaic_gpu, pallas_triton
 from jaxserve.kernels.reference import QuantizedPool
 from tests.attention_cases import Case, Variant, draw_case
 
-pytestmark = pytest.mark.heavy
 simulated = pytest.mark.skipif(
     not hasattr(plgpu, "InterpretGPUParams"), reason=f"JAX {jax.__version__} has no simulator of Mosaic GPU"
 )
