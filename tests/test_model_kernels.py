@@ -84,8 +84,9 @@ def two_steps(backend: str, attend: Callable[..., Any]) -> list[np.ndarray]:
             functools.partial(attend, decode_only=step.decode_only),
             static_argnames=("scale", "sliding_window"),
         )
+        embedded = model.embed_tokens(inputs["token_ids"])
         hidden, pool = model(
-            inputs["token_ids"], inputs["positions"], pool, metadata, call, block_size=B, unroll=True
+            embedded, inputs["positions"], pool, metadata, call, block_size=B, unroll=True
         )
         outputs.append(np.asarray(hidden)[: plan.num_tokens])
         for sequence in rows:
