@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
+import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, as_completed, wait
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -15,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from jaxserve.beam_search import Candidates
-from jaxserve.compilation import CompilationCounter, enable_compilation_cache
+from jaxserve.compilation import CompilationCounter, enable_compilation_cache, set_compiler_flags
 from jaxserve.config import EngineConfig, SchedulerConfig
 from jaxserve.errors import ConfigError
 from jaxserve.kernels import pallas_tpu_layout
@@ -29,7 +30,6 @@ from jaxserve.messages import TopLogprobs
 from jaxserve.models.config import ModelConfig
 from jaxserve.models.llama import Llama, checkpoint_slots
 from jaxserve.models.loader import Checkpoint, load_params, open_checkpoint, resolve_model
-from jaxserve.sampler import ROW_GROUP
 from jaxserve.sampling_params import SamplingParams
 from jaxserve.scheduler import ScheduledRow, StepPlan
 from jaxserve.sequence import Sequence
@@ -40,8 +40,8 @@ from jaxserve.step_inputs import StepProgram, StepShape, pack_step
 
 MAX_SHAPES = 8
 ROW_MULTIPLE = 8
-SHARED_TOKENS = 8  # times as many as in the smallest shape of a program
-COMPILE_THREADS = 2
+SHARED_TOKENS = 4  # times as many as in the smallest shape of a program
+COMPILE_THREADS = 3
 PROGRAM_BYTES_GUESS = 256 << 20
 
 Report = Callable[[str], None]
@@ -144,6 +144,7 @@ class ModelRunner:
     def __init__(
         self, config: EngineConfig, report: Report = lambda _: None, on_loss: OnLoss = end_process
     ) -> None:
+        set_compiler_flags()
         self._others = join(config, on_loss, report)
         self.config = config = self._others.config
         self.compilations = CompilationCounter()
@@ -201,26 +202,19 @@ class ModelRunner:
         guess = self._num_blocks(program_bytes=PROGRAM_BYTES_GUESS)
         self.limits = self._limits(guess)  # what cannot work is said before anything is loaded
         self._slots = SlotTableManager(self._max_num_seqs, self.model_config.vocab_size, self._place_table)
-        self._compiled: list[jax.stages.Compiled] = []
+        self._compiled: dict[int, jax.stages.Compiled] = {}
+        self._pools: Pools
         self._all_logits: jax.stages.Wrapped | None = None
+        self._tracing = threading.Lock()
         with ThreadPoolExecutor(COMPILE_THREADS + 1, thread_name_prefix="startup") as pool:
             started = time.monotonic()
             loading = pool.submit(self._load, checkpoint, report)
-            compiling, num_blocks = self._compile_all(pool, guess)
-            self.limits = self._limits(num_blocks)
-            self._pools = self.devices.zeros(self._abstract_pools(num_blocks))
-            self._leaves = loading.result()
-            if jax.process_count() > 1:  # none may wait within a program for another that still compiles
-                wait(compiling)
-                self._others.start_together(f"{self.model_config} {self.limits}")
-            self._compiled = [compiled.result() for compiled in compiling]
-            for index, program in enumerate(self._programs):
-                self._run_first(index, program)
+            self._start_programs(pool, guess, loading)
         sizes = " | ".join(
             ", ".join(f"{s.num_tokens}{' decoded' if s.decode_only else ''}" for s in program.shapes)
             for program in self._programs
         )
-        report(f"compiled {len(compiling)} programs ({sizes} tokens) in {_seconds_since(started)}")
+        report(f"compiled {len(self._programs)} programs ({sizes} tokens) in {_seconds_since(started)}")
         self.compilations.reset()
 
     def run(self, plan: StepPlan) -> StepResult:
@@ -234,7 +228,8 @@ class ModelRunner:
         packed = pack_step(plan, self._programs[program], shape, self.block_size, self._slots)
         tables = self._slots.on_device()
         self._others.send_step(program, packed)
-        return StepResult(self._execute(program, packed, tables), self.config)
+        outputs, self._pools = self._execute(program, self._pools, packed, tables)
+        return StepResult(outputs, self.config)
 
     def follow(self) -> None:
         """Run what process 0 runs, until it is told to end. For the other processes."""
@@ -245,7 +240,7 @@ class ModelRunner:
             match frame:
                 case Step():
                     packed = np.frombuffer(frame.packed, np.int32)
-                    outputs = self._execute(frame.program, packed, tables)
+                    outputs, self._pools = self._execute(frame.program, self._pools, packed, tables)
                     jax.block_until_ready(last)  # one step ahead, as process 0 is
                     last = outputs
                 case Table():
@@ -375,37 +370,64 @@ class ModelRunner:
             report("--quantization int8 decodes one sequence half again as fast on a CPU, in half the memory")
         return leaves
 
-    def _compile_all(
-        self, pool: ThreadPoolExecutor, guess: int
-    ) -> tuple[list[Future[jax.stages.Compiled]], int]:
-        """All programs in the making, and the number of blocks that they are compiled for.
+    def _start_programs(self, pool: ThreadPoolExecutor, guess: int, loading: Future[list[jax.Array]]) -> None:
+        """Compile all programs, allocate the pools beside that, and run each program as soon as it is there.
 
-        The number is part of the programs' shape and depends on the memory that they need, so they are compiled
-        for a guess; the figures of the largest one confirm or correct it.
+        The number of blocks is part of the programs' shape and depends on the memory that they need, so they are
+        compiled for a guess; the figures of the largest one, which comes first, confirm or correct it.
         """
 
-        def compile_for(num_blocks: int) -> list[Future[jax.stages.Compiled]]:
-            largest_first = [pool.submit(self._compile, p, num_blocks) for p in self._programs[::-1]]
-            return largest_first[::-1]
+        def compile_for(num_blocks: int) -> dict[Future[jax.stages.Compiled], int]:
+            numbered = reversed(list(enumerate(self._programs)))
+            return {pool.submit(self._compile, program, num_blocks): i for i, program in numbered}
 
-        compiling = compile_for(guess)
-        num_blocks = self._num_blocks(program_bytes=_program_bytes(compiling[-1].result()))
-        if guess <= num_blocks <= 1.05 * guess:
-            return compiling, guess
-        for program in compiling:
-            program.cancel()
-        return compile_for(num_blocks), num_blocks
+        compiling, num_blocks = compile_for(guess), guess
+        room = [self._zero_pools(num_blocks) for _ in range(2 if self._spares_pools(num_blocks) else 1)]
+        self._leaves = loading.result()
+        if jax.process_count() > 1:  # none may wait within a program for another that still compiles
+            wait(compiling)
+        needed = self._num_blocks(program_bytes=_program_bytes(next(iter(compiling)).result()))
+        if not guess <= needed <= 1.05 * guess:
+            for program in compiling:
+                program.cancel()
+            room.clear()  # not beside the corrected one
+            compiling, num_blocks = compile_for(needed), needed
+            room.append(self._zero_pools(num_blocks))
+        self.limits = self._limits(num_blocks)
+        if jax.process_count() > 1:
+            wait(compiling)
+            self._others.start_together(f"{self.model_config} {self.limits}")
+        running: set[Future[Pools]] = set()
+        for compiled in as_completed(compiling):
+            index = compiling[compiled]
+            self._compiled[index] = compiled.result()
+            while not room:
+                done, running = wait(running, return_when=FIRST_COMPLETED)
+                room += [program.result() for program in done]
+            running.add(pool.submit(self._run_first, index, room.pop()))
+        room += [program.result() for program in running]
+        self._pools = room.pop()
 
-    def _run_first(self, index: int, program: StepProgram) -> None:
+    def _zero_pools(self, num_blocks: int) -> Pools:
+        return self.devices.zeros(self._abstract_pools(num_blocks))
+
+    def _spares_pools(self, num_blocks: int) -> bool:
+        """Whether two programs can have their first run side by side: a CPU's spend it preparing, on one thread."""
+        return self.platform == "cpu" and num_blocks * self._spec.bytes_per_block <= CPU_DEFAULT_POOL_BYTES
+
+    def _run_first(self, index: int, pools: Pools) -> Pools:
         """Each shape, and each number of rows whose logits have a product of their own: the first run of each pays for
-        what later ones find ready."""
+        what later ones find ready. Returns the pools."""
+        program = self._programs[index]
         rows = program.layout.num_rows
         sizes = logits_sizes(rows) if self._logits_bytes else [rows]
         for i in range(max(len(program.shapes), len(sizes))):
             shape = program.shapes[i % len(program.shapes)]
             packed = pack_step(StepPlan([]), program, shape, self.block_size)
             program.layout.unpack(packed)["counts"][5] = sizes[i % len(sizes)]  # rows of the null block
-            np.asarray(self._execute(index, packed, self._slots.on_device()).sampled)
+            outputs, pools = self._execute(index, pools, packed, self._slots.on_device())
+            np.asarray(outputs.sampled)
+        return pools
 
     def _limits(self, num_blocks: int) -> SchedulerConfig:
         return SchedulerConfig(
@@ -440,7 +462,8 @@ class ModelRunner:
         leaves = devices.abstract_weights(self._definition.names, self._definition.abstract())
         pools = devices.abstract_shards(self._abstract_pools(num_blocks))
         packed = devices.abstract_everywhere(jax.ShapeDtypeStruct((program.layout.size,), jnp.int32))
-        lowered = jax.jit(step, donate_argnums=1).lower(leaves, pools, self._slots.on_device(), packed)
+        with self._tracing:  # one after the other: the first is being compiled while the next one is traced
+            lowered = jax.jit(step, donate_argnums=1).lower(leaves, pools, self._slots.on_device(), packed)
         return lowered.compile()
 
     def _abstract_pools(self, num_blocks: int) -> Any:
@@ -460,11 +483,12 @@ class ModelRunner:
         self._others.send_table(name, table)
         return self.devices.put_everywhere(table)
 
-    def _execute(self, program: int, packed: npt.NDArray[np.int32], tables: SlotTables) -> StepOutputs:
-        outputs: StepOutputs
+    def _execute(
+        self, program: int, pools: Pools, packed: npt.NDArray[np.int32], tables: SlotTables
+    ) -> tuple[StepOutputs, Pools]:
         inputs = packed if self.devices.group.size == 1 else self.devices.put_everywhere(packed)
-        outputs, self._pools = self._compiled[program](self._leaves, self._pools, tables, inputs)
-        return outputs
+        result: tuple[StepOutputs, Pools] = self._compiled[program](self._leaves, pools, tables, inputs)
+        return result
 
     def _num_blocks(self, *, program_bytes: int) -> int:
         if self._free_bytes is None:
@@ -521,19 +545,15 @@ def step_shapes(
 
 def step_programs(shapes: list[StepShape], *, shared: bool) -> list[StepProgram]:
     """Which shapes are compiled together. Of a shared program (XLA:CPU takes long to compile, and jumps for free) all
-    but the layers is there once: for one row, for up to ROW_GROUP, and for more; and within a factor of
-    SHARED_TOKENS, since each step makes room for the hidden states of the largest."""
+    but the layers is there once. That of one row has its own, for it is all overhead to it; others share within a
+    factor of SHARED_TOKENS, since each step makes room for the hidden states of the largest."""
     programs: list[list[StepShape]] = []
-
-    def kind(shape: StepShape) -> int:
-        return (shape.num_rows > 1) + (shape.num_rows > ROW_GROUP)
-
     for shape in shapes:
         first = programs[-1][0] if programs else None
         if (
             first is not None
             and shared
-            and kind(shape) == kind(first)
+            and first.num_rows > 1
             and shape.num_tokens <= SHARED_TOKENS * first.num_tokens
         ):
             programs[-1].append(shape)

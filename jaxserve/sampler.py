@@ -29,7 +29,7 @@ NUM_BEAM_CANDIDATES = 256  # twice the widest beam search
 NO_TOKEN = -1  # sampled where no token is possible
 FLOAT_BITS = 32
 SUM_GROUP = 32  # neighbours whose running sums are taken directly
-ROW_GROUP = 16  # rows that [S, V] intermediates exist of at a time: on a CPU they fit into its cache
+ROW_GROUP = 8  # rows that [S, V] intermediates exist of at a time: on a CPU they fit into its cache
 
 
 class SamplingInputs(NamedTuple):
@@ -185,7 +185,7 @@ def _by_row_groups(function: Callable[[_Rows], Any], num_rows: int, num_used: ja
     times [S, V], and all rows together would take that from the KV pool. Of groups that are not in use zeros."""
     if num_rows <= ROW_GROUP and isinstance(num_used, int):
         return function(_Rows(0, num_rows))
-    size = math.gcd(num_rows, ROW_GROUP if num_rows > ROW_GROUP else ROW_GROUP // 2)
+    size = math.gcd(num_rows, ROW_GROUP)
 
     def compute(g: jax.Array, out: Any) -> Any:
         first = g * size

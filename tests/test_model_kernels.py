@@ -85,9 +85,7 @@ def two_steps(backend: str, attend: Callable[..., Any]) -> list[np.ndarray]:
             static_argnames=("scale", "sliding_window"),
         )
         embedded = model.embed_tokens(inputs["token_ids"])
-        hidden, pool = model(
-            embedded, inputs["positions"], pool, metadata, call, block_size=B, unroll=True
-        )
+        hidden, pool = model(embedded, inputs["positions"], pool, metadata, call, block_size=B, unroll=True)
         outputs.append(np.asarray(hidden)[: plan.num_tokens])
         for sequence in rows:
             sequence.num_computed_tokens = len(sequence)
