@@ -14,6 +14,7 @@ import ssl
 import stat
 import termios
 from array import array
+from typing import TYPE_CHECKING
 
 import h11
 from hypercorn.asyncio.tcp_server import TCPServer
@@ -25,11 +26,13 @@ from hypercorn.protocol.events import Event as StreamEvent
 from hypercorn.protocol.h11 import H11Protocol
 from hypercorn.protocol.ws_stream import Handshake
 from hypercorn.utils import wrap_app
-from quart import Quart
 
 from jaxserve.api.errors import HttpError, headers_too_large, invalid_handshake, malformed_request
 from jaxserve.config import ServerConfig
 from jaxserve.errors import ConfigError
+
+if TYPE_CHECKING:
+    from quart import Quart
 
 MAX_HEADER_BYTES = 16 << 10  # while it arrives
 KEEP_ALIVE_S = 20.0  # longer than SDKs keep idle connections (5 s), so that it is they who close them

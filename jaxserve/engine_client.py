@@ -149,7 +149,7 @@ class SocketEngineClient:
 
     Args:
         stall_limit_s: with work pending and no word for this long, the engine counts as stalled.
-        on_step: called with the statistics of every step.
+        on_step: called with the statistics of every step; may be set later.
         command: how to start the engine process; the socket's path is appended.
     """
 
@@ -163,7 +163,7 @@ class SocketEngineClient:
     ) -> None:
         self._config = config
         self._stall_limit_s = stall_limit_s
-        self._on_step = on_step
+        self.on_step = on_step
         self._command = command
         self._streams: dict[str, OutputStream] = {}
         self._info: EngineInfo | None = None
@@ -373,7 +373,7 @@ class SocketEngineClient:
             case StepOutputs():
                 self._stats = message.stats
                 self._route(message.outputs)
-                self._on_step(message.stats)
+                self.on_step(message.stats)
             case StartupPhase():
                 logger.info("%s", message.text)
             case EngineInfo():
