@@ -40,8 +40,8 @@ from jaxserve.step_inputs import StepProgram, StepShape, pack_step
 
 MAX_SHAPES = 8
 ROW_MULTIPLE = 8
-SHARED_TOKENS = 4  # times as many as in the smallest shape of a program
-COMPILE_THREADS = 3
+SHARED_TOKENS = 32  # times as many as in the smallest shape of a program
+COMPILE_THREADS = 2
 PROGRAM_BYTES_GUESS = 256 << 20
 
 Report = Callable[[str], None]
@@ -401,32 +401,38 @@ class ModelRunner:
         for compiled in as_completed(compiling):
             index = compiling[compiled]
             self._compiled[index] = compiled.result()
-            while not room:
-                done, running = wait(running, return_when=FIRST_COMPLETED)
-                room += [program.result() for program in done]
-            running.add(pool.submit(self._run_first, index, room.pop()))
-        room += [program.result() for program in running]
+            for packed in self._first_inputs(self._programs[index]):
+                while not room:
+                    done, running = wait(running, return_when=FIRST_COMPLETED)
+                    room += [run.result() for run in done]
+                running.add(pool.submit(self._run_first, index, packed, room.pop()))
+        room += [run.result() for run in running]
         self._pools = room.pop()
 
     def _zero_pools(self, num_blocks: int) -> Pools:
         return self.devices.zeros(self._abstract_pools(num_blocks))
 
     def _spares_pools(self, num_blocks: int) -> bool:
-        """Whether two programs can have their first run side by side: a CPU's spend it preparing, on one thread."""
+        """Whether two first runs can be side by side: a CPU's spend their time preparing, on one thread."""
         return self.platform == "cpu" and num_blocks * self._spec.bytes_per_block <= CPU_DEFAULT_POOL_BYTES
 
-    def _run_first(self, index: int, pools: Pools) -> Pools:
-        """Each shape, and each number of rows whose logits have a product of their own: the first run of each pays for
-        what later ones find ready. Returns the pools."""
-        program = self._programs[index]
+    def _first_inputs(self, program: StepProgram) -> list[npt.NDArray[np.int32]]:
+        """For a run of each shape, and each number of rows whose logits have a product of their own: the first one pays
+        for what later ones find ready."""
         rows = program.layout.num_rows
         sizes = logits_sizes(rows) if self._logits_bytes else [rows]
+        inputs = []
         for i in range(max(len(program.shapes), len(sizes))):
             shape = program.shapes[i % len(program.shapes)]
             packed = pack_step(StepPlan([]), program, shape, self.block_size)
             program.layout.unpack(packed)["counts"][5] = sizes[i % len(sizes)]  # rows of the null block
-            outputs, pools = self._execute(index, pools, packed, self._slots.on_device())
-            np.asarray(outputs.sampled)
+            inputs.append(packed)
+        return inputs
+
+    def _run_first(self, program: int, packed: npt.NDArray[np.int32], pools: Pools) -> Pools:
+        """Until it has ended; returns the pools."""
+        outputs, pools = self._execute(program, pools, packed, self._slots.on_device())
+        outputs.sampled.block_until_ready()
         return pools
 
     def _limits(self, num_blocks: int) -> SchedulerConfig:
