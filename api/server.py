@@ -107,6 +107,7 @@ class Server:
     async def _start(self) -> None:
         """Load the tokenizer while the engine process loads the model."""
         logger.info("starting: /health answers at %s", self._address())
+        await self._engine.connect()
         self._context.templates.process.start()
         loading = asyncio.get_running_loop().run_in_executor(self._executor, self._load_text_side)
         ready = asyncio.ensure_future(self._engine.wait_ready())

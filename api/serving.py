@@ -6,6 +6,7 @@ import asyncio
 import ipaddress
 import logging
 import os
+import signal
 import socket
 import sys
 import time
@@ -46,17 +47,23 @@ def serve(config: ServerConfig) -> int:
 
 
 async def _serve(config: ServerConfig, path: Path, listener: socket.socket) -> int:
+    started = time.monotonic()
     engine = SocketEngineClient(
         config.engine,
         stall_limit_s=config.stall_limit_s,
         command=(*ENGINE_COMMAND, "--log-level", config.log_level),
     )
-    started = time.monotonic()
+    task = asyncio.current_task()
+    assert task is not None
+    for number in (signal.SIGTERM, signal.SIGINT):  # until the server has something to drain
+        asyncio.get_running_loop().add_signal_handler(number, task.cancel)
     try:
-        await engine.start()
-        from jaxserve.api.server import Server  # half a second, in which the engine imports jax
+        await engine.spawn()
+        from jaxserve.api.server import Server  # half a second, in which the engine begins
 
         return await Server(config, path, listener, engine, started).run()
+    except asyncio.CancelledError:
+        return 0
     finally:
         await engine.stop()
 

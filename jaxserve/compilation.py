@@ -10,15 +10,18 @@ from jaxserve.config import cache_dir
 
 _LOWERING_EVENT = "/jax/core/compile/jaxpr_to_mlir_module_duration"
 
-# a quarter of the time in which programs are compiled for a CPU, and they run no slower
-_EXTRA_OPTIONS = "--xla_backend_extra_options=xla_cpu_disable_loop_unrolling"
+# a quarter of the time in which programs are compiled for a CPU, which run no slower
+_EXTRA_OPTIONS = "--xla_backend_extra_options="
+_NO_UNROLLING = "xla_cpu_disable_loop_unrolling"
 
 
 def set_compiler_flags() -> None:
     """For all programs of this process, unless JAX has computed something in it already: XLA reads its flags once."""
-    flags = os.environ.get("XLA_FLAGS", "")
-    if _EXTRA_OPTIONS.partition("=")[0] not in flags:
-        os.environ["XLA_FLAGS"] = f"{flags} {_EXTRA_OPTIONS}".strip()
+    flags = os.environ.get("XLA_FLAGS", "").split()
+    if not any(_NO_UNROLLING in flag for flag in flags):
+        own = [flag.removeprefix(_EXTRA_OPTIONS) for flag in flags if flag.startswith(_EXTRA_OPTIONS)]
+        others = [flag for flag in flags if not flag.startswith(_EXTRA_OPTIONS)]
+        os.environ["XLA_FLAGS"] = " ".join([*others, _EXTRA_OPTIONS + ",".join([*own, _NO_UNROLLING])])
 
 
 def enable_compilation_cache() -> None:

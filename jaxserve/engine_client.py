@@ -177,6 +177,8 @@ class SocketEngineClient:
         self._ready: asyncio.Future[EngineInfo] | None = None
         self._writer: asyncio.StreamWriter | None = None
         self._process: asyncio.subprocess.Process | None = None
+        self._connected: asyncio.Future[tuple[asyncio.StreamReader, asyncio.StreamWriter]] | None = None
+        self._door = contextlib.ExitStack()  # through which the engine process comes in
         self._tasks: list[asyncio.Task[None]] = []
 
     # --- what handlers use ----------------------------------------------------------------------------------
@@ -234,37 +236,45 @@ class SocketEngineClient:
 
     # --- the engine process ---------------------------------------------------------------------------------
 
-    async def start(self) -> None:
-        """Start the engine process; returns once it is connected, long before it is ready."""
+    async def spawn(self) -> None:
+        """Begin the engine process, which then waits for `connect`."""
         loop = asyncio.get_running_loop()
         self._ready = loop.create_future()
-        connected: asyncio.Future[tuple[asyncio.StreamReader, asyncio.StreamWriter]] = loop.create_future()
+        self._connected = connected = loop.create_future()
 
         def on_connect(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
             if not connected.done():
                 connected.set_result((reader, writer))
 
-        with tempfile.TemporaryDirectory(prefix="jaxserve-") as directory:  # only its owner may enter it
-            path = str(Path(directory) / "engine.sock")
-            server = await asyncio.start_unix_server(on_connect, path, limit=MAX_FRAME_BYTES)
-            self._process = await asyncio.create_subprocess_exec(
-                *self._command,
-                path,
-                env=engine_environment(),
-                start_new_session=True,  # Ctrl-C in the terminal is for the API process alone
-                stdin=asyncio.subprocess.DEVNULL,
-            )
-            exited = asyncio.create_task(self._process.wait())
-            either: set[asyncio.Future[Any]] = {connected, exited}
+        directory = self._door.enter_context(
+            tempfile.TemporaryDirectory(prefix="jaxserve-")
+        )  # its owner's only
+        path = str(Path(directory) / "engine.sock")
+        server = await asyncio.start_unix_server(on_connect, path, limit=MAX_FRAME_BYTES)
+        self._door.callback(server.close)
+        self._process = await asyncio.create_subprocess_exec(
+            *self._command,
+            path,
+            env=engine_environment(),
+            start_new_session=True,  # Ctrl-C in the terminal is for the API process alone
+            stdin=asyncio.subprocess.DEVNULL,
+        )
+
+    async def connect(self) -> None:
+        """Give the engine process its configuration; returns long before it is ready."""
+        assert self._process is not None, "spawn() comes first"
+        assert self._connected is not None
+        exited = asyncio.create_task(self._process.wait())
+        either: set[asyncio.Future[Any]] = {self._connected, exited}
+        with self._door:
             try:
                 await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
             finally:
                 exited.cancel()
-                server.close()
-        if not connected.done():
+        if not self._connected.done():
             self._die(f"The engine process {await self._how_it_ended()} before it connected.")
             return
-        reader, self._writer = connected.result()
+        reader, self._writer = self._connected.result()
         body = msgspec.msgpack.encode(dataclasses.asdict(self._config))
         self._writer.write(FRAME_HEADER.pack(len(body)) + body)
         self._tasks = [asyncio.create_task(self._read(reader)), asyncio.create_task(self._watch())]
@@ -298,12 +308,13 @@ class SocketEngineClient:
             ModelLoadError: the model or a flag is at fault.
             EngineDeadError: the engine failed.
         """
-        assert self._ready is not None, "start() comes first"
+        assert self._ready is not None, "spawn() comes first"
         return await asyncio.shield(self._ready)
 
     async def stop(self) -> None:
         """End the engine process and wait for it."""
         self._dead = True
+        self._door.close()
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -353,7 +364,7 @@ class SocketEngineClient:
 
     async def _how_it_ended(self) -> str:
         """In words: the status tells a crash from the system's taking its memory back."""
-        assert self._process is not None, "start() comes first"
+        assert self._process is not None, "spawn() comes first"
         try:
             status = await asyncio.wait_for(self._process.wait(), EXIT_STATUS_LIMIT_S)
         except TimeoutError:

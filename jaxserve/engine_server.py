@@ -194,10 +194,10 @@ def _end_with_parent() -> None:
 
 
 def _keep_freed_memory(*, megabytes: int) -> None:
-    """How much the GNU C library keeps instead of handing it back at once; what is more goes now. A compiler frees and
-    takes so much that the system's clearing of pages was a sixth of a cold start."""
+    """How much of the heap the GNU C library keeps from now on instead of handing it back; what is more than that goes
+    now. A compiler frees and takes so much that the system's clearing of pages was a sixth of a cold start."""
     libc = ctypes.CDLL(None)
-    if hasattr(libc, "mallopt"):
+    if hasattr(libc, "mallopt") and hasattr(libc, "malloc_trim"):
         libc.mallopt(M_TRIM_THRESHOLD, megabytes << 20)
         libc.mallopt(M_TOP_PAD, min(megabytes, 64) << 20)
         libc.mallopt(M_MMAP_THRESHOLD, 32 << 20)  # the most that it takes

@@ -209,7 +209,11 @@ class ModelRunner:
         with ThreadPoolExecutor(COMPILE_THREADS + 1, thread_name_prefix="startup") as pool:
             started = time.monotonic()
             loading = pool.submit(self._load, checkpoint, report)
-            self._start_programs(pool, guess, loading)
+            try:
+                self._start_programs(pool, guess, loading)
+            except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)  # what is wrong is said before all is compiled
+                raise
         sizes = " | ".join(
             ", ".join(f"{s.num_tokens}{' decoded' if s.decode_only else ''}" for s in program.shapes)
             for program in self._programs
@@ -371,7 +375,7 @@ class ModelRunner:
         return leaves
 
     def _start_programs(self, pool: ThreadPoolExecutor, guess: int, loading: Future[list[jax.Array]]) -> None:
-        """Compile all programs, allocate the pools beside that, and run each program as soon as it is there.
+        """Compile all programs, allocate the pools, and run each program as soon as it is there.
 
         The number of blocks is part of the programs' shape and depends on the memory that they need, so they are
         compiled for a guess; the figures of the largest one, which comes first, confirm or correct it.
@@ -382,39 +386,49 @@ class ModelRunner:
             return {pool.submit(self._compile, program, num_blocks): i for i, program in numbered}
 
         compiling, num_blocks = compile_for(guess), guess
-        room = [self._zero_pools(num_blocks) for _ in range(2 if self._spares_pools(num_blocks) else 1)]
-        self._leaves = loading.result()
-        if jax.process_count() > 1:  # none may wait within a program for another that still compiles
-            wait(compiling)
-        needed = self._num_blocks(program_bytes=_program_bytes(next(iter(compiling)).result()))
-        if not guess <= needed <= 1.05 * guess:
+        free_pools: list[Pools] = []
+        if self.platform == "cpu":  # clearing takes time, and the guess is rarely wrong
+            free_pools += [self._zero_pools(guess) for _ in range(2 if self._has_room_for_two(guess) else 1)]
+        num_blocks_needed = self._num_blocks(program_bytes=_program_bytes(next(iter(compiling)).result()))
+        if not guess <= num_blocks_needed <= 1.05 * guess:
             for program in compiling:
                 program.cancel()
-            room.clear()  # not beside the corrected one
-            compiling, num_blocks = compile_for(needed), needed
-            room.append(self._zero_pools(num_blocks))
+            free_pools.clear()
+            compiling, num_blocks = compile_for(num_blocks_needed), num_blocks_needed
         self.limits = self._limits(num_blocks)
-        if jax.process_count() > 1:
+        if not free_pools:
+            free_pools.append(self._zero_pools(num_blocks))
+        self._leaves = loading.result()
+        compiled_first = as_completed(compiling)
+        if self.devices.group.size > 1:
+            # programs that wait for one another have the same order everywhere, and nobody's compiler beside them
             wait(compiling)
-            self._others.start_together(f"{self.model_config} {self.limits}")
-        running: set[Future[Pools]] = set()
-        for compiled in as_completed(compiling):
-            index = compiling[compiled]
-            self._compiled[index] = compiled.result()
-            for packed in self._first_inputs(self._programs[index]):
-                while not room:
-                    done, running = wait(running, return_when=FIRST_COMPLETED)
-                    room += [run.result() for run in done]
-                running.add(pool.submit(self._run_first, index, packed, room.pop()))
-        room += [run.result() for run in running]
-        self._pools = room.pop()
+            compiled_first = iter(compiling)
+            if jax.process_count() > 1:
+                self._others.start_together(f"{self.model_config} {self.limits}")
+        with ThreadPoolExecutor(len(free_pools), thread_name_prefix="first-run") as runners:
+            running: set[Future[Pools]] = set()
+            for compiled in compiled_first:
+                index = compiling[compiled]
+                self._compiled[index] = compiled.result()
+                for packed in self._first_inputs(self._programs[index]):
+                    while not free_pools:
+                        done, running = wait(running, return_when=FIRST_COMPLETED)
+                        free_pools += [run.result() for run in done]
+                    running.add(runners.submit(self._run_first, index, packed, free_pools.pop()))
+            free_pools += [run.result() for run in running]
+        self._pools = free_pools.pop()
 
     def _zero_pools(self, num_blocks: int) -> Pools:
         return self.devices.zeros(self._abstract_pools(num_blocks))
 
-    def _spares_pools(self, num_blocks: int) -> bool:
-        """Whether two first runs can be side by side: a CPU's spend their time preparing, on one thread."""
-        return self.platform == "cpu" and num_blocks * self._spec.bytes_per_block <= CPU_DEFAULT_POOL_BYTES
+    def _has_room_for_two(self, num_blocks: int) -> bool:
+        """Whether first runs can be two at a time: a CPU's spend their time preparing, on one thread. The second pools
+        are taken from what the budget leaves free, and given back at ready."""
+        if self._free_bytes is None or self.devices.group.size > 1:
+            return False
+        pool_bytes = num_blocks * self._spec.bytes_per_block + self._logits_bytes
+        return self._weight_bytes + PROGRAM_BYTES_GUESS + 2 * pool_bytes <= self._free_bytes
 
     def _first_inputs(self, program: StepProgram) -> list[npt.NDArray[np.int32]]:
         """For a run of each shape, and each number of rows whose logits have a product of their own: the first one pays
@@ -432,7 +446,7 @@ class ModelRunner:
     def _run_first(self, program: int, packed: npt.NDArray[np.int32], pools: Pools) -> Pools:
         """Until it has ended; returns the pools."""
         outputs, pools = self._execute(program, pools, packed, self._slots.on_device())
-        outputs.sampled.block_until_ready()
+        np.asarray(outputs.sampled)
         return pools
 
     def _limits(self, num_blocks: int) -> SchedulerConfig:
@@ -481,6 +495,10 @@ class ModelRunner:
         return Pools(self._spec.abstract(num_blocks), tokens, sampled, room)  # type: ignore[arg-type]
 
     @property
+    def _weight_bytes(self) -> int:
+        return sum(math.prod(x.shape) * x.dtype.itemsize for x in self._definition.abstract())
+
+    @property
     def _logits_bytes(self) -> int:
         """Of the room for logits that steps share."""
         return 0 if self._unroll_layers else 4 * self._max_num_rows * self._vocab.num_local
@@ -501,8 +519,7 @@ class ModelRunner:
             assert self.config.kv_cache_memory_bytes is not None
             pool_bytes = self.config.kv_cache_memory_bytes
         else:
-            weight_bytes = sum(math.prod(x.shape) * x.dtype.itemsize for x in self._definition.abstract())
-            pool_bytes = self._free_bytes - weight_bytes - program_bytes - self._logits_bytes
+            pool_bytes = self._free_bytes - self._weight_bytes - program_bytes - self._logits_bytes
             if self.platform == "cpu":
                 pool_bytes = min(pool_bytes, CPU_DEFAULT_POOL_BYTES // self.devices.group.size)
         return num_blocks_for(

@@ -29,7 +29,8 @@ NUM_BEAM_CANDIDATES = 256  # twice the widest beam search
 NO_TOKEN = -1  # sampled where no token is possible
 FLOAT_BITS = 32
 SUM_GROUP = 32  # neighbours whose running sums are taken directly
-ROW_GROUP = 8  # rows that [S, V] intermediates exist of at a time: on a CPU they fit into its cache
+ROW_GROUP = 16  # rows that [S, V] intermediates exist of at a time
+USED_ROW_GROUP = 8  # where rows that are not in use are skipped, on a CPU: few that are computed in vain
 
 
 class SamplingInputs(NamedTuple):
@@ -181,11 +182,11 @@ class _Rows(NamedTuple):
 
 
 def _by_row_groups(function: Callable[[_Rows], Any], num_rows: int, num_used: jax.Array | int) -> Any:
-    """`function` of at most ROW_GROUP rows at a time, as far as rows are in use: what it needs for itself is several
+    """`function` of a few rows at a time, as far as rows are in use: what it needs for itself is several
     times [S, V], and all rows together would take that from the KV pool. Of groups that are not in use zeros."""
     if num_rows <= ROW_GROUP and isinstance(num_used, int):
         return function(_Rows(0, num_rows))
-    size = math.gcd(num_rows, ROW_GROUP)
+    size = math.gcd(num_rows, ROW_GROUP if isinstance(num_used, int) else USED_ROW_GROUP)
 
     def compute(g: jax.Array, out: Any) -> Any:
         first = g * size

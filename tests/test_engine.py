@@ -17,7 +17,7 @@ from jaxserve.config import EngineConfig
 from jaxserve.engine import Engine
 from jaxserve.errors import RequestError
 from jaxserve.messages import AbortRequest, AddRequest, SequenceOutput
-from jaxserve.model_runner import ModelRunner, step_programs, step_shapes, token_buckets
+from jaxserve.model_runner import PROGRAM_BYTES_GUESS, ModelRunner, step_programs, step_shapes, token_buckets
 from jaxserve.sampling_params import SamplingParams
 from jaxserve.step import logits_sizes
 from jaxserve.step_inputs import StepShape
@@ -376,11 +376,64 @@ def test_shapes_of_several_rows_share_programs_on_a_cpu(
     assert [program.shapes for program in step_programs(shapes, shared=False)] == [(s,) for s in shapes]
 
 
-def test_every_shape_and_every_number_of_logits_runs_before_ready(runner: ModelRunner) -> None:
-    for program in runner._programs:
-        inputs = [program.layout.unpack(packed) for packed in runner._first_inputs(program)]
-        assert {int(x["shape_index"][0]) for x in inputs} == set(range(len(program.shapes)))
-        assert {int(x["counts"][5]) for x in inputs} == set(logits_sizes(program.layout.num_rows))
+def start_another(runner: ModelRunner) -> ModelRunner:
+    """With few programs; what is compiled for it, `runner` must not count."""
+    try:
+        return ModelRunner(replace(runner.config, max_num_batched_tokens=16))
+    finally:
+        runner.compilations.reset()
+
+
+def test_every_shape_and_every_number_of_logits_has_run_before_ready(
+    runner: ModelRunner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ran: set[tuple[int, int, int]] = set()
+    execute = ModelRunner._execute
+
+    def recorded(self: ModelRunner, program: int, pools: Any, packed: Any, tables: Any) -> Any:
+        inputs = self._programs[program].layout.unpack(packed)
+        ran.add((program, int(inputs["shape_index"][0]), int(inputs["counts"][5])))
+        return execute(self, program, pools, packed, tables)
+
+    monkeypatch.setattr(ModelRunner, "_execute", recorded)
+    programs = start_another(runner)._programs
+    assert {run[:2] for run in ran} == {(i, j) for i, p in enumerate(programs) for j in range(len(p.shapes))}
+    sizes = {(i, size) for i, p in enumerate(programs) for size in logits_sizes(p.layout.num_rows)}
+    assert {(program, size) for program, _, size in ran} == sizes
+
+
+@pytest.mark.parametrize("num_blocks", [40, 80])
+def test_a_wrong_guess_of_the_number_of_blocks_is_corrected(
+    runner: ModelRunner, monkeypatch: pytest.MonkeyPatch, num_blocks: int
+) -> None:
+    def count(self: ModelRunner, *, program_bytes: int) -> int:
+        return 60 if program_bytes == PROGRAM_BYTES_GUESS else num_blocks
+
+    monkeypatch.setattr(ModelRunner, "_num_blocks", count)
+    corrected = start_another(runner)
+    assert corrected.limits.num_blocks == num_blocks
+    assert corrected._pools.tokens.shape[0] == num_blocks
+    assert corrected._pools.kv.shape[1] == num_blocks  # type: ignore[union-attr]
+
+
+def test_two_first_runs_at_a_time_need_the_memory_for_it(
+    runner: ModelRunner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert not runner._has_room_for_two(60)  # --kv-cache-memory-bytes is all that there may be
+    both = 2 * (60 * runner._spec.bytes_per_block + runner._logits_bytes)
+    enough = runner._weight_bytes + PROGRAM_BYTES_GUESS + both
+    for free_bytes, room in ((enough - 1, False), (enough, True)):
+        monkeypatch.setattr(runner, "_free_bytes", free_bytes)
+        assert runner._has_room_for_two(60) == room
+
+
+def test_a_first_run_that_fails_ends_the_start(runner: ModelRunner, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any) -> None:
+        raise RuntimeError("no such instruction")
+
+    monkeypatch.setattr(ModelRunner, "_execute", fail)
+    with pytest.raises(RuntimeError, match="no such instruction"):
+        start_another(runner)
 
 
 def test_a_step_takes_the_first_shape_that_fits() -> None:

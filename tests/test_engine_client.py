@@ -85,7 +85,8 @@ async def connect(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncItera
         script.write_text(prelude + program + WAIT_FOR_THE_END)
         client = SocketEngineClient(CONFIG, command=(sys.executable, str(script)), **options)  # type: ignore[arg-type]
         clients.append(client)
-        await client.start()
+        await client.spawn()
+        await client.connect()
         return client
 
     monkeypatch.setattr(engine_client, "WATCH_INTERVAL_S", 0.01)

@@ -37,7 +37,7 @@ RANKS = [  # from the bottom up; modules of one rank do not import each other
     "api.responses",
     "api.metrics api.admission", "api.context", "api.sse api.request_body", "api.respond",
     "api.chat api.completions api.models api.tokenization api.health api.docs", "api.profiling", "api.app",
-    "api.cli api.serving", "api.__main__",
+    "api.cli api.server", "api.serving", "api.__main__",
 ]  # fmt: skip
 RANK = {name: rank for rank, names in enumerate(RANKS) for name in names.split()}
 UPWARDS = {("tokenizer", "gguf_tokenizer")}  # deferred: only where a GGUF file is loaded

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import psutil
 import pytest
 
 from tests.server_process import running_server
@@ -195,6 +196,23 @@ def test_health_is_503_while_the_model_loads(start: Any) -> None:
         assert lines == ours
         assert not [line for line in lines if "/health" in line and "jaxserve.access" in line]
         assert any("GET /v1/models 503" in line for line in lines)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_while_the_engine_begins_ends_it_with_status_0(
+    start: Any, number: signal.Signals, tmp_path: Path
+) -> None:
+    socket_path = tmp_path / "api.sock"
+    with start("--uds", str(socket_path), ready=False) as server:
+        deadline = time.monotonic() + 20
+        while not (children := psutil.Process(server.process.pid).children()):
+            assert time.monotonic() < deadline
+        server.process.send_signal(number)  # the web stack is being imported
+        assert server.process.wait(20) == 0
+        assert not socket_path.exists()
+        gone, _ = psutil.wait_procs(children, 10)
+        assert gone == children
+        assert "Traceback" not in server.log.read_text()
 
 
 def test_both_processes_honour_the_log_level(start: Any) -> None:

@@ -80,8 +80,18 @@ def test_the_bare_checkout_runs_from_anywhere(from_checkout: bool, tmp_path: Pat
 
 
 def test_the_api_process_and_the_package_itself_import_no_jax(tmp_path: Path) -> None:
-    program = """import sys, jaxserve, jaxserve.api.serving, jaxserve.engine_client
+    program = """import sys, jaxserve, jaxserve.api.server, jaxserve.engine_client
 print(sorted({"jax", "jaxlib", "flax", "torch"} & sys.modules.keys()))"""
+    command, environment = [sys.executable, "-c", program], {"PYTHONPATH": str(ROOT)}
+    result = subprocess.run(
+        command, capture_output=True, text=True, cwd=tmp_path, env=environment, check=False
+    )
+    assert (result.returncode, result.stdout) == (0, "[]\n")
+
+
+def test_the_engine_begins_before_the_web_stack_is_imported(tmp_path: Path) -> None:
+    program = """import sys, jaxserve.api.__main__
+print(sorted({"quart", "flask", "jaxserve.api.app", "jaxserve.api.server"} & sys.modules.keys()))"""
     command, environment = [sys.executable, "-c", program], {"PYTHONPATH": str(ROOT)}
     result = subprocess.run(
         command, capture_output=True, text=True, cwd=tmp_path, env=environment, check=False

@@ -437,7 +437,7 @@ async def test_methods_headers_and_credentials_are_those_of_the_flags(
 
 async def test_the_api_process_imports_no_jax(tmp_path: Path) -> None:
     program = (
-        "import sys, jaxserve.api.__main__, jaxserve.api.serving\n"
+        "import sys, jaxserve.api.__main__, jaxserve.api.server\n"
         "heavy = {'jax', 'jaxlib', 'flax', 'torch', 'transformers'} & sys.modules.keys()\n"
         "sys.exit(str(heavy) if heavy else 0)"
     )
