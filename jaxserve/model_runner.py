@@ -399,16 +399,16 @@ class ModelRunner:
         if not free_pools:
             free_pools.append(self._zero_pools(num_blocks))
         self._leaves = loading.result()
-        compiled_first = as_completed(compiling)
+        finished = as_completed(compiling)
         if self.devices.group.size > 1:
             # programs that wait for one another have the same order everywhere, and nobody's compiler beside them
             wait(compiling)
-            compiled_first = iter(compiling)
+            finished = iter(compiling)
             if jax.process_count() > 1:
                 self._others.start_together(f"{self.model_config} {self.limits}")
         with ThreadPoolExecutor(len(free_pools), thread_name_prefix="first-run") as runners:
             running: set[Future[Pools]] = set()
-            for compiled in compiled_first:
+            for compiled in finished:
                 index = compiling[compiled]
                 self._compiled[index] = compiled.result()
                 for packed in self._first_inputs(self._programs[index]):
