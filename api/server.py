@@ -13,6 +13,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from hashlib import sha256
 from pathlib import Path
+from typing import NoReturn
 
 import jaxserve
 from jaxserve.api.admission import Admission
@@ -35,6 +36,7 @@ logger = logging.getLogger("jaxserve")
 POLL_S = 0.05
 FAREWELL_S = 1.0  # for the last events of streams that are cut off
 HARD_LIMIT_S = 10.0  # behind the drain, should anything refuse to end
+KILL_LIMIT_S = 2.0  # to give back an engine's memory
 
 
 class Server:
@@ -168,9 +170,7 @@ class Server:
     def _on_signal(self) -> None:
         if self._context.draining:
             logger.warning("second signal: ending now")
-            self._engine.kill()
-            sys.stderr.flush()
-            os._exit(1)
+            self._end_hard(1)
         self._context.draining = True
         logger.info("shutting down: %d requests are open", self._context.num_open_requests)
         self._drain_task = asyncio.create_task(self._drain())
@@ -183,7 +183,7 @@ class Server:
             logger.warning("shutting down: %d requests are cut off", left)
             self._engine.fail_all(unavailable("draining", "The server is shutting down.", retry_after_s=10))
             await self._until_no_request_is_open(FAREWELL_S)
-        asyncio.get_running_loop().call_later(HARD_LIMIT_S, self._end_hard)
+        asyncio.get_running_loop().call_later(HARD_LIMIT_S, self._end_hard, 0)
         self._stop.set()
 
     async def _until_no_request_is_open(self, limit_s: float) -> None:
@@ -191,7 +191,7 @@ class Server:
         while self._context.num_open_requests and time.monotonic() < deadline:
             await asyncio.sleep(POLL_S)
 
-    def _end_hard(self) -> None:
-        self._engine.kill()
+    def _end_hard(self, status: int) -> NoReturn:
+        self._engine.kill_and_wait(KILL_LIMIT_S)
         sys.stderr.flush()
-        os._exit(0)
+        os._exit(status)

@@ -49,6 +49,7 @@ logger = logging.getLogger("jaxserve.engine_client")
 EXIT_GRACE_S = 5.0
 EXIT_STATUS_LIMIT_S = 1.0
 WATCH_INTERVAL_S = 0.25
+KILL_POLL_S = 0.01
 ENGINE_COMMAND = (sys.executable, "-m", "jaxserve.engine_server")
 
 RequestStream = AsyncIterator[list[SequenceOutput]]
@@ -333,6 +334,23 @@ class SocketEngineClient:
         if self._process is not None and self._process.returncode is None:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self._process.pid, signal.SIGKILL)
+
+    def kill_and_wait(self, limit_s: float) -> None:
+        """End the engine process now and block until it is gone, for at most `limit_s`.
+
+        For a caller that ends next, without its event loop: what starts after it finds the memory and the
+        accelerator free.
+        """
+        self.kill()
+        deadline = time.monotonic() + limit_s
+        while self._process is not None and time.monotonic() < deadline:
+            try:
+                pid, _ = os.waitpid(self._process.pid, os.WNOHANG)
+            except ChildProcessError:  # somebody else waited for it
+                return
+            if pid:
+                return
+            time.sleep(KILL_POLL_S)
 
     # --- frames ---------------------------------------------------------------------------------------------
 
