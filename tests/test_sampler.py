@@ -64,19 +64,30 @@ def no_processors(rows: int) -> ProcessorInputs:
 
 
 @partial(jax.jit, static_argnames=("vocab", "max_logprobs", "processed_logprobs"))
-def jitted_sample(logits: jax.Array, inputs: SamplingInputs, **settings: Any) -> SampleOutputs:
-    return sample(logits, len(logits), lambda: inputs, **settings)
+def jitted_sample(
+    logits: jax.Array, inputs: SamplingInputs, num_rows: jax.Array | None = None, **settings: Any
+) -> SampleOutputs:
+    """With all rows in use, as on accelerators, or only the first `num_rows`, as on a CPU."""
+    return sample(logits, len(logits) if num_rows is None else num_rows, lambda: inputs, **settings)
+
+
+PADDED = (1, 16, 64, 400)  # numbers of rows: few, because compiling the sampler is most of the time here
 
 
 def run(logits: Array, inputs: SamplingInputs, *, max_logprobs: int = 5, processed: bool = False) -> Any:
+    rows = len(logits)
+    more = next((size - rows for size in PADDED if size >= rows), 0)
+    if more:
+        fields = {name: jnp.pad(x, (0, more)) for name, x in inputs._asdict().items() if name != "processors"}
+        inputs = SamplingInputs(**fields, processors=no_processors(rows + more))
     out = jitted_sample(
-        jnp.asarray(logits, jnp.float32),
+        jnp.pad(jnp.asarray(logits, jnp.float32), ((0, more), (0, 0))),
         inputs,
         vocab=VocabShard(logits.shape[-1]),
         max_logprobs=max_logprobs,
         processed_logprobs=processed,
     )
-    return unpack(jax.tree.map(np.asarray, out), max_logprobs)
+    return unpack(jax.tree.map(lambda x: np.asarray(x)[:rows], out), max_logprobs)
 
 
 class Sampled(NamedTuple):
@@ -116,9 +127,8 @@ def drawn_tokens(logits: Array, num_draws: int, **values: Any) -> list[int]:
     return run(np.tile(logits, (num_draws, 1)), inputs).token_ids.tolist()
 
 
-@pytest.mark.parametrize("rows", [16, 24, 40])
+@pytest.mark.parametrize(("rows", "processed"), [(16, False), (24, False), (40, False), (40, True)])
 @pytest.mark.parametrize("used", [0, 1, 8, 9, 16, 24])
-@pytest.mark.parametrize("processed", [False, True])
 def test_rows_that_are_not_in_use_change_nothing(rows: int, used: int, processed: bool) -> None:
     """They are skipped, whatever they hold; those in use give what they give where all are computed."""
     used = min(used, rows)
@@ -146,7 +156,7 @@ def test_rows_that_are_not_in_use_change_nothing(rows: int, used: int, processed
         ),
     )
     fixed = {"vocab": VocabShard(200), "max_logprobs": 5, "processed_logprobs": processed}
-    some = jax.jit(lambda x, n: sample(x, n, lambda: inputs, **fixed))(jnp.asarray(logits, jnp.float32), used)
+    some = jitted_sample(jnp.asarray(logits, jnp.float32), inputs, jnp.int32(used), **fixed)
     all_of_them = jitted_sample(jnp.nan_to_num(jnp.asarray(logits[:rows], jnp.float32)), inputs, **fixed)
     for name, a, b in zip(some._fields, some, all_of_them, strict=True):
         np.testing.assert_array_equal(a[:used], b[:used], name)
@@ -196,7 +206,7 @@ def test_draws_only_and_all_of_the_allowed_tokens(
 
 
 def test_top_k_one_equals_greedy_with_ties() -> None:
-    logits = np.round(np.random.RandomState(2).randn(64, 500))  # many equal maxima
+    logits = np.round(np.random.RandomState(2).randn(64, 300))  # many equal maxima
     greedy = run(logits, inputs_for(64, temperature=0.0)).token_ids
     single = run(logits, inputs_for(64, temperature=1.5, top_k=1, position=np.arange(64))).token_ids
     assert single.tolist() == greedy.tolist()
@@ -210,7 +220,7 @@ def test_draws_follow_the_softmax() -> None:
 
 def test_a_draw_depends_on_seed_choice_and_position_only() -> None:
     rng = np.random.RandomState(3)
-    rows = rng.randn(16, 1000)
+    rows = rng.randn(16, 300)
     keys: Any = {
         "seed_low": rng.randint(0, 2**31, 16),
         "choice": np.arange(16),
@@ -237,16 +247,16 @@ def test_a_row_that_the_candidates_do_not_cover_changes_nothing_for_the_others()
 
 
 def test_different_seeds_choices_and_positions_give_different_draws() -> None:
-    flat = np.zeros(1000)
+    flat = np.zeros(300)
     for field in ("seed_low", "seed_high", "choice", "position"):
         values = {field: np.arange(50)}
         tokens = run(np.tile(flat, (50, 1)), inputs_for(50, **values)).token_ids
-        assert len(set(tokens.tolist())) > 40, field
+        assert len(set(tokens.tolist())) > 35, field  # 46 are to be expected
 
 
 def test_logprobs_are_those_of_the_unmodified_logits() -> None:
     rng = np.random.RandomState(5)
-    logits = rng.randn(2, 400)
+    logits = rng.randn(2, 300)
     out = run(logits, inputs_for(2, temperature=0.7, top_k=3, num_logprobs=4))
     expected = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
     for row in range(2):
