@@ -163,6 +163,7 @@ def test_every_dtype_of_the_pool(case: str, dtype: str, kv: str, tolerance: floa
     np.testing.assert_allclose(ours[:n], expected[:n], rtol=tolerance, atol=tolerance)
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("block_size", [8, 24, 64, 128, 256])
 @pytest.mark.parametrize("kv", ["float32", "int8"])
 def test_every_block_size(block_size: int, kv: str) -> None:
@@ -172,6 +173,7 @@ def test_every_block_size(block_size: int, kv: str) -> None:
     np.testing.assert_allclose(ours[:n], expected[:n], rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.heavy
 @settings(max_examples=40, deadline=None)
 @given(
     st.lists(st.tuples(st.integers(0, 150), st.integers(1, 60)), min_size=1, max_size=8),

@@ -309,6 +309,7 @@ def test_sortable_integers_keep_the_order_of_floats(value: float) -> None:
     assert keys[0] < keys[1] < keys[2]
 
 
+@pytest.mark.heavy
 def test_more_rows_than_are_sampled_at_a_time_are_as_few(monkeypatch: pytest.MonkeyPatch) -> None:
     rng = np.random.RandomState(6)
     rows, vocab_size = 72, 1100  # in groups of 8, of 16 and of 72
