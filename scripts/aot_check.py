@@ -38,7 +38,10 @@ MAX_TEMP_SHARE = 0.05  # of the pool
 LARGE_BYTES = 1 << 20
 # instructions of HLO whose result may be a copy of their operand
 MAKES = re.compile(r"= (.*?) (?:copy|copy-done|transpose|convert|reshape|slice|dynamic-slice|fusion)\(")
-ARRAY = re.compile(r"\w+\[([\d,]+)\](\{[^}]*\})?")
+ARRAY = re.compile(r"(\w+)\[([\d,]+)\](\{[^}]*\})?")
+FUSION = re.compile(r" fusion\(.*?, calls=%([\w.-]+)")
+PRODUCT = re.compile(r" (?:convolution|dot)\(")
+HLO_DTYPES = {"int8": "s8", "bfloat16": "bf16", "float32": "f32"}
 
 
 class Result(NamedTuple):
@@ -108,24 +111,33 @@ def complaint(program: Program, says: jax.stages.CompiledMemoryStats, hlo: str, 
 def copied_weight(program: Program, hlo: str) -> str | None:
     """Shape of a weight of which the compiled program makes another array of the same or the transposed shape in its
     main memory, whether by a copy, by a conversion or within a fusion: it does not like the weight as it is. (To
-    bring one into vector memory, S(1), is to use it.)"""
+    bring one into vector memory, S(1), is to use it; and a product may happen to have a weight's shape.)"""
     if program.weights is None:
         return None
-    shapes = set()
+    shapes, dtypes = set(), set()
     for leaf in jax.tree.leaves(program.arguments[program.weights]):
         if num_bytes(leaf) // program.num_devices >= LARGE_BYTES:
             rows, *rest = leaf.shape
             shape = (rows // program.num_devices, *rest)  # chips' shares lie end to end
             shapes |= {shape, shape[::-1]}
-    fused = set(re.findall(r" fusion\(.*?, calls=%([\w.-]+)", hlo))
-    for computation in re.split(r"\n(?=%|ENTRY )", hlo):
-        name = re.match(r"(?:ENTRY )?%([\w.-]+) \(", computation)
-        if name is None or name[1] in fused:
+            dtypes.add(HLO_DTYPES[leaf.dtype.name])
+    fused = set(FUSION.findall(hlo))
+    named = (
+        (name[1], computation)
+        for computation in re.split(r"\n(?=%|ENTRY )", hlo)
+        if (name := re.match(r"(?:ENTRY )?%([\w.-]+) \(", computation))
+    )
+    computations = dict(named)
+    products = {name for name in fused if PRODUCT.search(computations.get(name, ""))}
+    for name, computation in computations.items():
+        if name in fused:
             continue  # what is made within a fusion goes no further; what the fusion gives is seen where it is called
         for line in computation.splitlines():
-            made = MAKES.search(line)
-            for dims, layout in ARRAY.findall(made[1]) if made else ():
-                if tuple(map(int, dims.split(","))) in shapes and "S(" not in layout:
+            made, fusion = MAKES.search(line), FUSION.search(line)
+            multiplies = fusion is not None and fusion[1] in products
+            for dtype, dims, layout in ARRAY.findall(made[1]) if made else ():
+                copied = dtype in dtypes or not multiplies
+                if copied and tuple(map(int, dims.split(","))) in shapes and "S(" not in layout:
                     return f"[{dims}]"
     return None
 

@@ -99,6 +99,12 @@ HLO = """
   ROOT %copy.1 = bf16[1536,1024]{0,1} copy(%param.1)
 }
 
+%product (param.2: bf16[1536,1024], param.3: bf16[1024,1024]) -> f32[1536,1024] {
+  %param.2 = bf16[1536,1024]{1,0} parameter(0)
+  %param.3 = bf16[1024,1024]{1,0} parameter(1)
+  ROOT %convolution = f32[1536,1024]{1,0} convolution(%param.2, %param.3), dim_labels=bf_io->bf
+}
+
 ENTRY %main (weight: bf16[1536,1024], x: bf16[16,1024]) -> bf16[16,1536] {
   %weight = bf16[1536,1024]{1,0:T(8,128)(2,1)} parameter(0)
   %x = bf16[16,1024]{1,0} parameter(1)
@@ -123,6 +129,11 @@ ENTRY %main (weight: bf16[1536,1024], x: bf16[16,1024]) -> bf16[16,1536] {
             "[1536,1024]",
         ),
         ("%fusion = bf16[16,1536]{1,0} fusion(%weight), kind=kLoop, calls=%fused", None),
+        ("%fusion = f32[1536,1024]{1,0} fusion(%rows, %square), kind=kOutput, calls=%product", None),
+        (
+            "%fusion = (f32[1536,1024]{1,0}, bf16[1536,1024]{0,1}) fusion(%weight), kind=kOutput, calls=%product",
+            "[1536,1024]",
+        ),
     ],
 )
 def test_a_copy_of_a_weight_is_noticed(check: Any, instruction: str, copied: str | None) -> None:
