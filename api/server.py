@@ -36,7 +36,7 @@ logger = logging.getLogger("jaxserve")
 POLL_S = 0.05
 FAREWELL_S = 1.0  # for the last events of streams that are cut off
 HARD_LIMIT_S = 10.0  # behind the drain, should anything refuse to end
-KILL_LIMIT_S = 2.0  # to give back an engine's memory
+KILL_LIMIT_S = 4.0  # to give back an engine's memory
 
 
 class Server:
@@ -192,6 +192,7 @@ class Server:
             await asyncio.sleep(POLL_S)
 
     def _end_hard(self, status: int) -> NoReturn:
-        self._engine.kill_and_wait(KILL_LIMIT_S)
+        if not self._engine.kill_and_wait(KILL_LIMIT_S):
+            logger.warning("the engine process has not given back its memory yet")
         sys.stderr.flush()
         os._exit(status)

@@ -335,22 +335,24 @@ class SocketEngineClient:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self._process.pid, signal.SIGKILL)
 
-    def kill_and_wait(self, limit_s: float) -> None:
-        """End the engine process now and block until it is gone, for at most `limit_s`.
+    def kill_and_wait(self, limit_s: float) -> bool:
+        """End the engine process now and block until it is gone, for at most `limit_s`; whether it is.
 
         For a caller that ends next, without its event loop: what starts after it finds the memory and the
         accelerator free.
         """
         self.kill()
         deadline = time.monotonic() + limit_s
-        while self._process is not None and time.monotonic() < deadline:
+        while self._process is not None:
             try:
-                pid, _ = os.waitpid(self._process.pid, os.WNOHANG)
+                if os.waitpid(self._process.pid, os.WNOHANG)[0]:
+                    return True
             except ChildProcessError:  # somebody else waited for it
-                return
-            if pid:
-                return
+                return True
+            if time.monotonic() >= deadline:
+                return False
             time.sleep(KILL_POLL_S)
+        return True
 
     # --- frames ---------------------------------------------------------------------------------------------
 

@@ -211,10 +211,8 @@ def make_plan(
     if quantized and unit < LANES:
         chunk = unit  # scales of several units side by side must fill whole registers
     query_tile = max(16, min(128, floor_power_of_two(512 // G), ceil_power_of_two(T)))
-    wide = half > LANES and jnp.float32 in (queries.dtype, pool.dtype)
-    most_rows = (
-        512 if wide else 1024
-    )  # of queries at once; 1,024 of 1 KiB leave v5e's compiler too little to spill to
+    large = half > LANES and jnp.float32 in (queries.dtype, pool.dtype)
+    most_rows = 512 if large else 1024  # 1,024 of 1 KiB leave v5e's compiler too little room to spill
     head_group = max(h for h in range(1, K + 1) if K % h == 0 and (h == 1 or h * G * query_tile <= most_rows))
     return Plan(
         T=T,

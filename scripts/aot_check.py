@@ -40,7 +40,7 @@ LARGE_BYTES = 1 << 20
 MAKES = re.compile(r"= (.*?) (?:copy|copy-done|transpose|convert|reshape|slice|dynamic-slice|fusion)\(")
 ARRAY = re.compile(r"(\w+)\[([\d,]+)\](\{[^}]*\})?")
 FUSION = re.compile(r" fusion\(.*?, calls=%([\w.-]+)")
-PRODUCT = re.compile(r" (?:convolution|dot)\(")
+PRODUCT = re.compile(r"= \w+\[([\d,]+)\][^ ]* (?:convolution|dot)\(")
 HLO_DTYPES = {"int8": "s8", "bfloat16": "bf16", "float32": "f32"}
 
 
@@ -111,7 +111,8 @@ def complaint(program: Program, says: jax.stages.CompiledMemoryStats, hlo: str, 
 def copied_weight(program: Program, hlo: str) -> str | None:
     """Shape of a weight of which the compiled program makes another array of the same or the transposed shape in its
     main memory, whether by a copy, by a conversion or within a fusion: it does not like the weight as it is. (To
-    bring one into vector memory, S(1), is to use it; and a product may happen to have a weight's shape.)"""
+    bring one into vector memory, S(1), is to use it; and a product of another dtype may happen to have a weight's
+    shape.)"""
     if program.weights is None:
         return None
     shapes, dtypes = set(), set()
@@ -120,7 +121,7 @@ def copied_weight(program: Program, hlo: str) -> str | None:
             rows, *rest = leaf.shape
             shape = (rows // program.num_devices, *rest)  # chips' shares lie end to end
             shapes |= {shape, shape[::-1]}
-            dtypes.add(HLO_DTYPES[leaf.dtype.name])
+            dtypes.add(HLO_DTYPES.get(leaf.dtype.name))
     fused = set(FUSION.findall(hlo))
     named = (
         (name[1], computation)
@@ -128,15 +129,14 @@ def copied_weight(program: Program, hlo: str) -> str | None:
         if (name := re.match(r"(?:ENTRY )?%([\w.-]+) \(", computation))
     )
     computations = dict(named)
-    products = {name for name in fused if PRODUCT.search(computations.get(name, ""))}
     for name, computation in computations.items():
         if name in fused:
             continue  # what is made within a fusion goes no further; what the fusion gives is seen where it is called
         for line in computation.splitlines():
             made, fusion = MAKES.search(line), FUSION.search(line)
-            multiplies = fusion is not None and fusion[1] in products
+            products = set(PRODUCT.findall(computations.get(fusion[1], ""))) if fusion else set()
             for dtype, dims, layout in ARRAY.findall(made[1]) if made else ():
-                copied = dtype in dtypes or not multiplies
+                copied = dtype in dtypes or dims not in products
                 if copied and tuple(map(int, dims.split(","))) in shapes and "S(" not in layout:
                     return f"[{dims}]"
     return None

@@ -131,6 +131,10 @@ ENTRY %main (weight: bf16[1536,1024], x: bf16[16,1024]) -> bf16[16,1536] {
         ("%fusion = bf16[16,1536]{1,0} fusion(%weight), kind=kLoop, calls=%fused", None),
         ("%fusion = f32[1536,1024]{1,0} fusion(%rows, %square), kind=kOutput, calls=%product", None),
         (
+            "%fusion = (f32[1536,1024]{1,0}, f32[1024,1536]{1,0}) fusion(%x), kind=kOutput, calls=%product",
+            "[1024,1536]",
+        ),
+        (
             "%fusion = (f32[1536,1024]{1,0}, bf16[1536,1024]{0,1}) fusion(%weight), kind=kOutput, calls=%product",
             "[1536,1024]",
         ),

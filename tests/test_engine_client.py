@@ -118,6 +118,19 @@ async def until(condition: Callable[[], bool]) -> None:
 # --- start ----------------------------------------------------------------------------------------------------
 
 
+async def test_a_kill_that_waits_says_whether_the_engine_is_gone(
+    connect: Connect, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client = await connect("ready()")
+    engine = psutil.Process(client._process.pid)  # type: ignore[union-attr]
+    with monkeypatch.context() as patch:
+        patch.setattr(client, "kill", lambda: None)
+        assert not client.kill_and_wait(0.0)
+    assert client.kill_and_wait(LIMIT_S)
+    assert not engine.is_running()
+    assert client.kill_and_wait(0.0)
+
+
 async def test_a_trace_begins_and_ends_once_and_not_after_the_engines_end(connect: Connect) -> None:
     client = await connect("""
 ready()

@@ -71,15 +71,15 @@ def jitted_sample(
     return sample(logits, len(logits) if num_rows is None else num_rows, lambda: inputs, **settings)
 
 
-PADDED = (1, 16, 64, 400)  # numbers of rows: few, because compiling the sampler is most of the time here
+PADDED = (1, 16, 64, 72, 400)  # numbers of rows: few, because compiling the sampler is most of the time here
 
 
 def run(logits: Array, inputs: SamplingInputs, *, max_logprobs: int = 5, processed: bool = False) -> Any:
     rows = len(logits)
     more = next((size - rows for size in PADDED if size >= rows), 0)
     if more:
-        fields = {name: jnp.pad(x, (0, more)) for name, x in inputs._asdict().items() if name != "processors"}
-        inputs = SamplingInputs(**fields, processors=no_processors(rows + more))
+        together = jax.tree.map(lambda x, y: jnp.concatenate([x, y]), inputs[:-1], inputs_for(more)[:-1])
+        inputs = SamplingInputs(*together, processors=no_processors(rows + more))
     out = jitted_sample(
         jnp.pad(jnp.asarray(logits, jnp.float32), ((0, more), (0, 0))),
         inputs,
