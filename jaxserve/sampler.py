@@ -382,10 +382,11 @@ def top_few(x: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
         return values, ids.astype(jnp.int32)
     padding = ((0, 0), (0, num_groups * VOCAB_GROUP - V))
     table = jnp.pad(x, padding, constant_values=-jnp.inf).reshape(S, num_groups, VOCAB_GROUP)
-    _, groups = lax.optimization_barrier(lax.top_k(jnp.max(table, axis=-1), k))
+    groups = lax.optimization_barrier(lax.top_k(jnp.max(table, axis=-1), k)[1])
     groups = jnp.sort(groups, axis=-1).astype(jnp.int32)  # so that of equals the lowest id is the first one
     members = jnp.take_along_axis(table, groups[:, :, None], axis=1, mode="promise_in_bounds")
-    values, index = lax.optimization_barrier(lax.top_k(members.reshape(S, k * VOCAB_GROUP), k))
+    # one by one: XLA:GPU cannot take apart a top_k whose results go into one barrier
+    values, index = map(lax.optimization_barrier, lax.top_k(members.reshape(S, k * VOCAB_GROUP), k))
     group = jnp.take_along_axis(groups, index // VOCAB_GROUP, axis=-1, mode="promise_in_bounds")
     return values, group * VOCAB_GROUP + index % VOCAB_GROUP
 

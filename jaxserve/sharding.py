@@ -267,7 +267,7 @@ class DeviceGroup:
     def put_weight(self, shard: int, name: str, array: npt.NDArray[Any]) -> jax.Array:
         """A parameter of a local chip's model, laid out as `weight_layout` says."""
         sharding = SingleDeviceSharding(self.devices[shard])
-        layout = weight_layout(name, array.dtype, self.devices[shard].device_kind)
+        layout = weight_layout(name, array.dtype, self.devices[shard].device_kind, self.group.size)
         placed: jax.Array = jax.device_put(array, sharding if layout is None else Format(layout, sharding))
         return placed
 
@@ -300,7 +300,7 @@ class DeviceGroup:
         sharding: Sharding = SingleDeviceSharding(self._devices[0]) if self.group.size == 1 else self._sharded
 
         def with_layout(name: str, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-            layout = weight_layout(name, leaf.dtype, kind)
+            layout = weight_layout(name, leaf.dtype, kind, self.group.size)
             if layout is None:
                 return leaf
             return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=Format(layout, sharding))

@@ -12,15 +12,17 @@ ROW_MAJOR = (0, 1)
 VOCAB_TABLES = ("embed_tokens.weight", "lm_head.weight")
 
 
-def weight_layout(name: str, dtype: jnp.dtype, device_kind: str) -> Layout | None:
-    """Of a parameter of `Llama` on a device such as "TPU v4"; None: the compiler's choice.
+def weight_layout(name: str, dtype: jnp.dtype, device_kind: str, num_devices: int) -> Layout | None:
+    """Of a parameter of `Llama` on one of so many devices such as "TPU v4"; None: the compiler's choice.
 
     A TPU's compiler lays an array out so that padding to whole tiles costs least, by columns where the number of
     features is no multiple of 128. Rows of a table of embeddings are looked up, so the table would be turned around.
     """
     if not device_kind.startswith("TPU") or name not in VOCAB_TABLES:
         return None
-    return Layout(ROW_MAJOR, tiling=_loop_tiling(dtype) if device_kind == "TPU7x" else None)
+    # of what is split among devices the compiler takes no tiling
+    tiled = device_kind == "TPU7x" and num_devices == 1
+    return Layout(ROW_MAJOR, tiling=_loop_tiling(dtype) if tiled else None)
 
 
 def _loop_tiling(dtype: jnp.dtype) -> tuple[tuple[int, ...], ...] | None:

@@ -30,6 +30,7 @@ from aot_programs import (
     hopper_kernels,
     num_bytes,
     quick_kernels,
+    quick_split_step,
     quick_steps,
 )
 from jax.sharding import SingleDeviceSharding
@@ -42,6 +43,10 @@ ARRAY = re.compile(r"(\w+)\[([\d,]+)\](\{[^}]*\})?")
 FUSION = re.compile(r" fusion\(.*?, calls=%([\w.-]+)")
 PRODUCT = re.compile(r"= \w+\[([\d,]+)\][^ ]* (?:convolution|dot)\(")
 HLO_DTYPES = {"int8": "s8", "bfloat16": "bf16", "float32": "f32"}
+
+
+Job = tuple[Kernel | Step, str]
+"""(what, the chip)"""
 
 
 class Result(NamedTuple):
@@ -148,6 +153,8 @@ def cases_for(chip: str, *, quick: bool, num_layers: int | None) -> Iterator[Ker
     if quick:
         yield from quick_kernels(platform(chip))
         yield from quick_steps(memory(chip))
+        if platform(chip) == "gpu":  # whose compiler is quick
+            yield quick_split_step()
     else:
         yield from all_kernels(platform(chip))
         yield from all_steps(memory(chip), max_devices(chip), num_layers)
@@ -183,15 +190,29 @@ def main() -> int:
     print(
         f"jax {jax.__version__}\n{'program':<84} chip {'s':>6}", *(f"{f:>15}" for f in Result._fields[1:-1])
     )
-    # processes, because tracing holds Python's lock; not forked, because jax has threads
-    spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(args.processes, mp_context=spawn) as pool:
-        results = [pool.submit(compile_for, *job) for job in jobs]
-        wrong = [job for job, result in zip(jobs, results, strict=True) if not report(*job, result)]
+    wrong = [job for job, result in compiled(jobs, args.processes) if not report(*job, result)]
     print(f"{len(wrong)} of {len(jobs)} failed, {time.perf_counter() - started:.0f} s")
     for case, chip in wrong:
         print(f"FAILED: {case.name} on {chip}")
     return int(bool(wrong))
+
+
+def compiled(jobs: list[Job], num_processes: int) -> Iterator[tuple[Job, Future[Result]]]:
+    """Each job with its result, in order. If a compiler ends its process, and with it the pool, the first job that is
+    left without a result has a pool of its own, to tell it from those beside it."""
+    # processes, because tracing holds Python's lock; not forked, because jax has threads
+    spawn = multiprocessing.get_context("spawn")
+    while jobs:
+        with ProcessPoolExecutor(num_processes, mp_context=spawn) as pool:
+            for number, result in enumerate([pool.submit(compile_for, *job) for job in jobs]):
+                if isinstance(result.exception(), BrokenProcessPool):
+                    break
+                yield jobs[number], result
+            else:
+                return
+        with ProcessPoolExecutor(1, mp_context=spawn) as pool:
+            yield jobs[number], pool.submit(compile_for, *jobs[number])
+        jobs = jobs[number + 1 :]
 
 
 def report(case: Kernel | Step, chip: str, future: Future[Result]) -> bool:

@@ -379,6 +379,12 @@ def quick_steps(memory: int) -> Iterator[Step]:
     yield Step(model=model, num_tokens=SMALL_NUM_TOKENS, max_num_seqs=SMALL_NUM_SEQS)
 
 
+def quick_split_step() -> Step:
+    """Of a model that is split among devices."""
+    model = Model("Llama-3.1-8B", num_devices=4, num_layers=QUICK_LAYERS)
+    return Step(model=model, num_tokens=SMALL_NUM_TOKENS, max_num_seqs=SMALL_NUM_SEQS)
+
+
 def all_steps(memory: int, num_devices: int, num_layers: int | None) -> Iterator[Step]:
     """Of each model that so many devices at most have room for, a step of decoding alone and the largest one.
 

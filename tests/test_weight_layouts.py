@@ -18,15 +18,15 @@ TABLE = "embed_tokens.weight"
 @pytest.mark.parametrize("kind", ["TPU v4", "TPU v5 lite", "TPU v5", "TPU v6 lite", "TPU7x"])
 def test_a_tpu_looks_rows_up_where_they_lie(kind: str) -> None:
     for dtype in (BFLOAT16, jnp.dtype(jnp.int8)):
-        layout = weight_layout(TABLE, dtype, kind)
+        layout = weight_layout(TABLE, dtype, kind, 1)
         assert layout is not None
         assert layout.major_to_minor == (0, 1)
 
 
 def test_other_weights_and_devices_are_left_to_the_compiler() -> None:
-    assert weight_layout("layers.0.mlp.down_proj.weight", BFLOAT16, "TPU v4") is None
-    assert weight_layout(TABLE, BFLOAT16, "NVIDIA H100 80GB HBM3") is None
-    assert weight_layout(TABLE, BFLOAT16, "cpu") is None
+    assert weight_layout("layers.0.mlp.down_proj.weight", BFLOAT16, "TPU v4", 1) is None
+    assert weight_layout(TABLE, BFLOAT16, "NVIDIA H100 80GB HBM3", 1) is None
+    assert weight_layout(TABLE, BFLOAT16, "cpu", 1) is None
 
 
 def test_a_program_reads_a_weight_as_it_was_laid_out(monkeypatch: pytest.MonkeyPatch) -> None:
