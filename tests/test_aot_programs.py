@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+from concurrent.futures import Future
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
@@ -144,3 +146,35 @@ def test_a_copy_of_a_weight_is_noticed(check: Any, instruction: str, copied: str
     weights = [jax.ShapeDtypeStruct((2 * 1536, 1024), jnp.bfloat16)]  # of two devices
     program = check.Program(lambda: None, (weights,), donated=0, weights=0, num_devices=2)
     assert check.copied_weight(program, HLO.replace("@", instruction)) == copied
+
+
+def test_a_compiler_that_ends_its_process_costs_one_program(
+    check: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Pool:
+        """Of several processes, the first that ends takes all of them with it."""
+
+        def __init__(self, num_processes: int, mp_context: Any) -> None:
+            self.broken = False
+
+        def __enter__(self) -> Pool:
+            return self
+
+        def __exit__(self, *_: object) -> None:
+            pass
+
+        def submit(self, _: Any, case: str, chip: str) -> Future[str]:
+            self.broken |= case == "deadly"
+            result: Future[str] = Future()
+            if self.broken:
+                result.set_exception(BrokenProcessPool())
+            else:
+                result.set_result(f"{case} on {chip}")
+            return result
+
+    monkeypatch.setattr(check, "ProcessPoolExecutor", Pool)
+    jobs = [(case, "v4") for case in ("first", "second", "deadly", "third", "fourth")]
+    results = dict(check.compiled(jobs, 2))
+    assert list(results) == jobs
+    failed = [job for job, result in results.items() if result.exception()]
+    assert failed == [("deadly", "v4")]
