@@ -23,6 +23,15 @@ def test_a_tpu_looks_rows_up_where_they_lie(kind: str) -> None:
         assert layout.major_to_minor == (0, 1)
 
 
+def test_tiles_are_named_only_where_the_compiler_takes_them() -> None:
+    """TPU7x wants some of its own, but takes none of what is split among devices."""
+    tiled, split, other = (
+        weight_layout(TABLE, BFLOAT16, *at) for at in (("TPU7x", 1), ("TPU7x", 4), ("TPU v4", 1))
+    )
+    assert tiled == Layout((0, 1), tiling=((16, 128), (2, 1)))
+    assert split == other == Layout((0, 1))
+
+
 def test_other_weights_and_devices_are_left_to_the_compiler() -> None:
     assert weight_layout("layers.0.mlp.down_proj.weight", BFLOAT16, "TPU v4", 1) is None
     assert weight_layout(TABLE, BFLOAT16, "NVIDIA H100 80GB HBM3", 1) is None
