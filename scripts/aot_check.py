@@ -153,7 +153,7 @@ def cases_for(chip: str, *, quick: bool, num_layers: int | None) -> Iterator[Ker
     if quick:
         yield from quick_kernels(platform(chip))
         yield from quick_steps(memory(chip))
-        if platform(chip) == "gpu":  # whose compiler is quick
+        if is_hopper(chip):  # one of those whose compiler is quick
             yield quick_split_step()
     else:
         yield from all_kernels(platform(chip))

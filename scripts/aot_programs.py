@@ -32,6 +32,7 @@ KERNEL_POOL_BYTES = 5 << 30  # more than Triton's 32-bit offsets reach; only sha
 MAX_NUM_SEQS = 256
 SMALL_NUM_SEQS, SMALL_POOL_BYTES = 64, 8 << 30  # sequences at once where there is room for few
 SMALL_NUM_TOKENS = 512
+FEW_NUM_SEQS = 16
 USEFUL_POOL_BYTES = 2 << 30  # the least that a model is served with
 MEMORY_UTILIZATION = 0.9  # the engine's default
 RESERVED_BYTES = 1 << 30  # of a device, for programs and temporaries
@@ -369,14 +370,14 @@ class Step:
 
 
 def quick_steps(memory: int) -> Iterator[Step]:
-    """The smallest program of a small model and a large model's for prompts, each cut to a few layers."""
+    """A small model's program for prompts and a large model's smallest, each cut to a few layers."""
     small, *large = (
         Model(name, quantized, num_layers=QUICK_LAYERS)
         for name, quantized in (("SmolLM2-135M", False), ("Llama-3.1-8B", False), ("Llama-3.1-8B", True))
     )
-    yield Step(model=small, num_tokens=16, decode_only=True)
+    yield Step(model=small, num_tokens=SMALL_NUM_TOKENS, max_num_seqs=FEW_NUM_SEQS)
     model = next(model for model in large if model.pool_bytes(memory) >= USEFUL_POOL_BYTES)
-    yield Step(model=model, num_tokens=SMALL_NUM_TOKENS, max_num_seqs=SMALL_NUM_SEQS)
+    yield Step(model=model, num_tokens=FEW_NUM_SEQS, max_num_seqs=FEW_NUM_SEQS, decode_only=True)
 
 
 def quick_split_step() -> Step:

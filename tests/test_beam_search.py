@@ -254,7 +254,7 @@ def assert_results(case: Case, outputs: list[SequenceOutput]) -> None:
 EVERY = 6  # of the demo model's cases one in so many, for time; all of them have been compared
 
 
-@pytest.mark.heavy
+@pytest.mark.sweep
 @pytest.mark.model
 def test_the_demo_models_hypotheses_are_those_of_transformers(demo_model_path: Path) -> None:
     """Ten prompts, widths of 2, 4 and 8, three length penalties, and some with something more: a cross-section."""

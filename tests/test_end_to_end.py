@@ -198,6 +198,7 @@ async def test_sixty_four_mixed_requests_at_once_all_end(server: ServerProcess) 
     server.wait_until_idle()
 
 
+@pytest.mark.heavy
 def test_the_same_seed_gives_the_same_text_alone_in_a_crowd_and_after_a_restart(
     demo_model_path: Path, tmp_path: Path
 ) -> None:

@@ -404,7 +404,8 @@ def test_every_shape_and_every_number_of_logits_has_run_before_ready(
     assert {(program, size) for program, _, size in ran} == sizes
 
 
-@pytest.mark.parametrize("num_blocks", [40, 80])
+@pytest.mark.heavy
+@pytest.mark.parametrize("num_blocks", [40, pytest.param(80, marks=pytest.mark.sweep)])
 def test_a_wrong_guess_of_the_number_of_blocks_is_corrected(
     runner: ModelRunner, monkeypatch: pytest.MonkeyPatch, num_blocks: int
 ) -> None:

@@ -12,6 +12,7 @@ from jaxserve.config import EngineConfig
 from jaxserve.model_runner import ModelRunner
 from tests.test_engine import TINY, Tokens, make_engine, mixed_requests, run_all
 
+pytestmark = pytest.mark.heavy
 NUM_REQUESTS = 40
 KINDS: dict[str, dict[str, Any]] = {
     "int8 weights and KV": {"quantization": "int8", "kv_cache_dtype": "int8"},

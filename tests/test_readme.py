@@ -21,6 +21,7 @@ EXAMPLES: list[str] = re.findall(
 SMALL = {"max_model_len": 256, "max_num_seqs": 1, "max_num_batched_tokens": 8}
 
 
+@pytest.mark.heavy
 def test_the_examples_without_a_server(
     demo_model_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

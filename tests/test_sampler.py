@@ -16,6 +16,7 @@ from jaxserve.sampler import SampleOutputs, SamplingInputs, sample
 from jaxserve.sharding import VocabShard
 
 Array = np.ndarray
+SWEEP = pytest.mark.sweep
 
 
 def inputs_for(rows: int, **values: Any) -> SamplingInputs:
@@ -134,7 +135,15 @@ def drawn_tokens(logits: Array, num_draws: int, **values: Any) -> list[int]:
     return run(np.tile(logits, (num_draws, 1)), inputs).token_ids.tolist()
 
 
-@pytest.mark.parametrize(("rows", "processed"), [(16, False), (24, False), (40, False), (40, True)])
+@pytest.mark.parametrize(
+    ("rows", "processed"),
+    [
+        (16, False),
+        pytest.param(24, False, marks=SWEEP),
+        pytest.param(40, False, marks=SWEEP),
+        pytest.param(40, True, marks=pytest.mark.heavy),
+    ],
+)
 @pytest.mark.parametrize("used", [0, 1, 8, 9, 16, 24])
 def test_rows_that_are_not_in_use_change_nothing(rows: int, used: int, processed: bool) -> None:
     """They are skipped, whatever they hold; those in use give what they give where all are computed."""
@@ -241,6 +250,7 @@ def test_a_draw_depends_on_seed_choice_and_position_only() -> None:
     assert again.tolist() == together[shuffled].tolist()
 
 
+@pytest.mark.heavy
 def test_a_row_that_the_candidates_do_not_cover_changes_nothing_for_the_others() -> None:
     rng = np.random.RandomState(4)
     peaked, flat = rng.randn(3000) * 5, rng.randn(3000) * 0.01
@@ -309,7 +319,7 @@ def test_sortable_integers_keep_the_order_of_floats(value: float) -> None:
     assert keys[0] < keys[1] < keys[2]
 
 
-@pytest.mark.heavy
+@pytest.mark.sweep
 def test_more_rows_than_are_sampled_at_a_time_are_as_few(monkeypatch: pytest.MonkeyPatch) -> None:
     rng = np.random.RandomState(6)
     rows, vocab_size = 72, 1100  # in groups of 8, of 16 and of 72

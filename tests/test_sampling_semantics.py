@@ -281,6 +281,7 @@ def test_raw_logprobs_are_the_models_whatever_is_asked(raw: ModelRunner) -> None
             assert entry.rank == 1 + int((row > row[token]).sum())
 
 
+@pytest.mark.heavy
 def test_both_modes_draw_the_same(raw: ModelRunner, processed: ModelRunner) -> None:
     requests = mixed_requests(32)
     tokens = [[[c.tokens for c in choices] for choices in generate(r, requests)] for r in (raw, processed)]

@@ -65,6 +65,7 @@ def texts_of(requests: list[AddRequest], found: dict[tuple[str, int], Any]) -> T
 # --- results ------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize(
     "limits",
     [

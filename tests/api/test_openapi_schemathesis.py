@@ -8,6 +8,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import pytest
 import schemathesis
 from hypothesis import HealthCheck, settings
 from quart import Quart
@@ -125,6 +126,7 @@ def map_case(_: HookContext, case: Case) -> Case:
     return case
 
 
+@pytest.mark.heavy
 @schema.parametrize()
 @settings(max_examples=100, deadline=None, suppress_health_check=list(HealthCheck))
 def test_answers_are_as_described_and_never_a_defect(case: Case) -> None:

@@ -109,6 +109,7 @@ def test_a_weight_that_is_no_number_is_refused() -> None:
         )
 
 
+@pytest.mark.heavy
 def test_logits_stay_close_to_transformers(tmp_path: Path) -> None:
     """The table is read by row for tokens and multiplied for logits. Random weights have no outliers, and no
     redundancy either: 8 bits leave a few percent of error."""
