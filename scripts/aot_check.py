@@ -28,6 +28,7 @@ from aot_programs import (
     all_kernels,
     all_steps,
     hopper_kernels,
+    hopper_steps,
     num_bytes,
     quick_kernels,
     quick_split_step,
@@ -158,6 +159,8 @@ def cases_for(chip: str, *, quick: bool, num_layers: int | None) -> Iterator[Ker
     else:
         yield from all_kernels(platform(chip))
         yield from all_steps(memory(chip), max_devices(chip), num_layers)
+        if is_hopper(chip):
+            yield from hopper_steps(num_layers)
 
 
 def main() -> int:

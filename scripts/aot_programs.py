@@ -298,12 +298,14 @@ class Step:
 
     Attributes:
         max_num_seqs: of the engine; `decode_only` steps have as many rows as tokens.
+        backend: of attention; None: the platform's.
     """
 
     model: Model
     num_tokens: int
     max_num_seqs: int = MAX_NUM_SEQS
     decode_only: bool = False
+    backend: str | None = None
 
     @property
     def num_rows(self) -> int:
@@ -316,14 +318,16 @@ class Step:
     @property
     def name(self) -> str:
         kind = "decode" if self.decode_only else "mixed"
-        return f"step {self.model} {kind} T{self.num_tokens} S{self.num_rows}"
+        backend = f" {self.backend}" if self.backend else ""
+        return f"step {self.model} {kind} T{self.num_tokens} S{self.num_rows}{backend}"
 
     def program(self, platform: str, devices: Sequence[Any], memory: int) -> Program:
         """For devices of so much memory each, as many as the model is split among; the pool takes what is left."""
         config, definition = self.model.config, definition_of(self.model)
         device_group = DeviceGroup(devices)
         group, B, struct = device_group.group, BLOCK_SIZES[platform], jax.ShapeDtypeStruct
-        spec = KVCacheSpec.of(shard_config(config, group.size), B, WEIGHTS, platform, BACKENDS[platform])
+        backend = self.backend or BACKENDS[platform]
+        spec = KVCacheSpec.of(shard_config(config, group.size), B, WEIGHTS, platform, backend)
         num_blocks = self.model.pool_bytes(memory) // spec.bytes_per_block
         shape = StepShape(
             self.num_tokens,
@@ -338,7 +342,7 @@ class Step:
             VocabShard(config.vocab_size, group),
             max_logprobs=20,
             processed_logprobs=False,
-            attention_backend=BACKENDS[platform],
+            attention_backend=backend,
             unroll_layers=True,
         )
         tokens, sampled = struct((num_blocks, B), jnp.int32), struct((self.max_num_seqs,), jnp.int32)
@@ -375,7 +379,7 @@ def quick_steps(memory: int) -> Iterator[Step]:
         Model(name, quantized, num_layers=QUICK_LAYERS)
         for name, quantized in (("SmolLM2-135M", False), ("Llama-3.1-8B", False), ("Llama-3.1-8B", True))
     )
-    yield Step(model=small, num_tokens=SMALL_NUM_TOKENS, max_num_seqs=FEW_NUM_SEQS)
+    yield Step(model=replace(small, num_layers=1), num_tokens=256, max_num_seqs=FEW_NUM_SEQS)
     model = next(model for model in large if model.pool_bytes(memory) >= USEFUL_POOL_BYTES)
     yield Step(model=model, num_tokens=FEW_NUM_SEQS, max_num_seqs=FEW_NUM_SEQS, decode_only=True)
 
@@ -383,7 +387,15 @@ def quick_steps(memory: int) -> Iterator[Step]:
 def quick_split_step() -> Step:
     """Of a model that is split among devices."""
     model = Model("Llama-3.1-8B", num_devices=4, num_layers=QUICK_LAYERS)
-    return Step(model=model, num_tokens=SMALL_NUM_TOKENS, max_num_seqs=SMALL_NUM_SEQS)
+    return Step(model=model, num_tokens=FEW_NUM_SEQS, max_num_seqs=FEW_NUM_SEQS, decode_only=True)
+
+
+def hopper_steps(num_layers: int | None) -> Iterator[Step]:
+    """With the backend for Hopper alone."""
+    model = Model("Llama-3.1-8B", num_layers=num_layers)
+    step = functools.partial(Step, model=model, backend="mosaic_gpu")
+    yield step(num_tokens=MAX_NUM_SEQS, decode_only=True)
+    yield step(num_tokens=2048)
 
 
 def all_steps(memory: int, num_devices: int, num_layers: int | None) -> Iterator[Step]:

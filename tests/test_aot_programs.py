@@ -62,6 +62,15 @@ def test_a_step_returns_its_pools_as_it_took_them(
     assert weights == ({"int8", "float32", "bfloat16"} if quantized else {"bfloat16"})
 
 
+def test_the_backend_for_hopper_is_in_a_step_of_its_own(programs: Any) -> None:
+    for step in programs.hopper_steps(num_layers=1):
+        assert step.name.endswith(" mosaic_gpu")
+        program = step.program("gpu", jax.devices()[:1], 80 << 30)
+        with on("gpu"):
+            jaxpr = str(jax.make_jaxpr(program.function)(*program.arguments))
+        assert "wgmma" in jaxpr
+
+
 @pytest.mark.parametrize("platform", KINDS)
 def test_kernels_are_traced_for_their_own_layouts(programs: Any, platform: str) -> None:
     kernels = list(programs.quick_kernels(platform))

@@ -24,7 +24,7 @@ from tests.server_process import ServerProcess, running_server
 from tests.tiny_llama import write_tiny_model
 
 TWO_DEVICES = {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
-LIMITS: dict[str, Any] = {"max_num_seqs": 8, "max_num_batched_tokens": 16, "kv_cache_memory_bytes": 4 << 20}
+LIMITS: dict[str, Any] = {"max_num_seqs": 8, "max_num_batched_tokens": 8, "kv_cache_memory_bytes": 4 << 20}
 EXIT_LIMIT_S = 30
 VALID: dict[str, Any] = {
     "model": "m",

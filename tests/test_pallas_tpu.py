@@ -270,7 +270,7 @@ def moved(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
     return copies
 
 
-@pytest.mark.parametrize("context", [128, 130, 4096, 32768])
+@pytest.mark.parametrize("context", [128, 130, 4096, pytest.param(32768, marks=pytest.mark.sweep)])
 def test_decode_moves_hardly_more_than_it_must(context: int, moved: list[tuple[int, ...]]) -> None:
     """All DMAs of K and V: those read, the new ones, and those written."""
     variant = Variant(1, 128, 2, 1, 128, decode_only=True, max_context=max(context, 256), S=1)

@@ -128,6 +128,7 @@ def test_a_row_does_not_depend_on_its_neighbours() -> None:
     np.testing.assert_array_equal(alone[0], together[0])
 
 
+@pytest.mark.sweep
 def test_few_tokens_are_split_and_many_are_not() -> None:
     def splits(variant: Variant) -> int:
         case = Case(variant, [(0, 1)], seed=0)

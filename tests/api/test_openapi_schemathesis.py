@@ -128,7 +128,7 @@ def map_case(_: HookContext, case: Case) -> Case:
 
 @pytest.mark.heavy
 @schema.parametrize()
-@settings(max_examples=100, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=50, deadline=None, suppress_health_check=list(HealthCheck))
 def test_answers_are_as_described_and_never_a_defect(case: Case) -> None:
     response = case.call_and_validate()
     assert response.status_code < 500
