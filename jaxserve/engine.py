@@ -192,7 +192,7 @@ class Engine:
             num_blocks=self.limits.num_blocks,
             kv_cache_dtype=str(runner.dtype),
             platform=runner.platform,
-            summary=[runner.describe_kv_cache()],
+            summary=[line for line in (runner.describe_attention(), runner.describe_kv_cache()) if line],
         )
 
     def _run_ahead(self) -> None:

@@ -16,6 +16,8 @@ from jaxserve.kernels.paged_attention import BACKENDS, PoolShape, pool_struct
 from jaxserve.kernels.reference import QuantizedPool
 from jaxserve.models.config import ModelConfig
 
+# in the environment: JAX's share of each GPU's memory; the second name is deprecated
+_GPU_MEMORY_SHARES = ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION")
 CPU_DEFAULT_POOL_BYTES = 1 << 30  # a CPU shares its memory with everything else on the machine
 
 
@@ -90,6 +92,15 @@ def num_blocks_for(spec: KVCacheSpec, *, pool_bytes: int, max_useful_tokens: int
     return spec.reachable(num_blocks)
 
 
+def claim_device_memory(memory_utilization: float) -> None:
+    """Let JAX have that share of each GPU's memory: by itself it takes three quarters. What the user has set stays.
+
+    To be called before JAX computes anything in this process: it asks for its share once.
+    """
+    if not any(os.environ.get(name) for name in _GPU_MEMORY_SHARES):
+        os.environ[_GPU_MEMORY_SHARES[0]] = str(memory_utilization)
+
+
 def free_device_bytes(devices: Sequence[jax.Device], memory_utilization: float) -> int:
     """What jaxserve may take of each device's memory, as things are now. CPU devices share the host's.
 
@@ -103,8 +114,15 @@ def free_device_bytes(devices: Sequence[jax.Device], memory_utilization: float) 
         stats = device.memory_stats()
         if not stats or "bytes_limit" not in stats:
             raise ConfigError(f"{device.device_kind} does not tell its memory: give --kv-cache-memory-bytes.")
-        free.append(int(memory_utilization * stats["bytes_limit"]) - int(stats["bytes_in_use"]))
+        limit = int(stats["bytes_limit"])  # JAX's share on a GPU, elsewhere all there is
+        share = _gpu_memory_share() if device.platform == "gpu" else 1.0
+        free.append(min(int(memory_utilization * limit / share), limit) - int(stats["bytes_in_use"]))
     return min(free)
+
+
+def _gpu_memory_share() -> float:
+    """Of each GPU's memory, what JAX has."""
+    return next((float(share) for name in _GPU_MEMORY_SHARES if (share := os.environ.get(name))), 0.75)
 
 
 def _available_host_bytes() -> int:

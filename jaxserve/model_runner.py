@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import threading
 import time
 from collections.abc import Callable
@@ -22,8 +23,14 @@ from jaxserve.errors import ConfigError
 from jaxserve.kernels import pallas_tpu_layout
 from jaxserve.kernels.blocked_attention import TOKEN_GROUP
 from jaxserve.kernels.metadata import QUERY_TILE
-from jaxserve.kernels.paged_attention import BACKENDS, PoolShape, ServingShape, backend_for
-from jaxserve.kv_cache import CPU_DEFAULT_POOL_BYTES, KVCacheSpec, free_device_bytes, num_blocks_for
+from jaxserve.kernels.paged_attention import BACKENDS, PoolShape, ServingShape, backend_for, passed_over
+from jaxserve.kv_cache import (
+    CPU_DEFAULT_POOL_BYTES,
+    KVCacheSpec,
+    claim_device_memory,
+    free_device_bytes,
+    num_blocks_for,
+)
 from jaxserve.lockstep import Follower, OnLoss, Step, Table, end_process, join
 from jaxserve.logits_processors import SlotTables
 from jaxserve.messages import TopLogprobs
@@ -145,6 +152,7 @@ class ModelRunner:
         self, config: EngineConfig, report: Report = lambda _: None, on_loss: OnLoss = end_process
     ) -> None:
         set_compiler_flags()
+        claim_device_memory(config.memory_utilization)
         self._others = join(config, on_loss, report)
         self.config = config = self._others.config
         self.compilations = CompilationCounter()
@@ -170,7 +178,7 @@ class ModelRunner:
         chunk = defaults.max_num_batched_tokens if config.enable_chunked_prefill else self.max_model_len
         max_num_batched_tokens = config.max_num_batched_tokens or chunk
         self.block_size = config.block_size or self._default_block_size(defaults)
-        self.attention_backend = self._choose_attention(max_num_batched_tokens)
+        self.attention_backend, self._passed_over = self._choose_attention(max_num_batched_tokens)
         self.shapes = step_shapes(
             token_buckets(max_num_batched_tokens, defaults.smallest_buckets),
             defaults.smallest_mixed_bucket,
@@ -206,7 +214,11 @@ class ModelRunner:
         self._pools: Pools
         self._all_logits: jax.stages.Wrapped | None = None
         self._tracing = threading.Lock()
-        with ThreadPoolExecutor(COMPILE_THREADS + 1, thread_name_prefix="startup") as pool:
+        # XLA compiles one program for a CPU with several threads, but one for another device mostly with one
+        compile_threads = (
+            COMPILE_THREADS if self.platform == "cpu" else max(COMPILE_THREADS, os.cpu_count() or 1)
+        )
+        with ThreadPoolExecutor(compile_threads + 1, thread_name_prefix="startup") as pool:
             started = time.monotonic()
             loading = pool.submit(self._load, checkpoint, report)
             try:
@@ -282,6 +294,13 @@ class ModelRunner:
             f"{fit:,} sequence{'s' if fit != 1 else ''} of {self.max_model_len:,} fit"
         )
 
+    def describe_attention(self) -> str | None:
+        """One line for the log; None on a CPU, which has one backend."""
+        if self.platform == "cpu":
+            return None
+        reasons = "".join(f"; {name} does not fit: {reason}" for name, reason in self._passed_over.items())
+        return f"Attention: {self.attention_backend}{reasons}"
+
     def prompt_logits(self, prompt_token_ids: list[int]) -> npt.NDArray[np.float32]:
         """Logits of every position, float32 [P, V], computed in chunks like any prompt. Compiles: for tests."""
         sequence = Sequence(
@@ -321,15 +340,16 @@ class ModelRunner:
         if self.platform != "tpu":
             return defaults.block_size
         try:
-            return pallas_tpu_layout.default_block_size(self._max_num_seqs, self.max_model_len)
+            return pallas_tpu_layout.default_block_size(self._max_num_rows, self.max_model_len)
         except ValueError as error:
             raise ConfigError(str(error)) from None
 
-    def _choose_attention(self, num_tokens: int) -> str:
+    def _choose_attention(self, num_tokens: int) -> tuple[str, dict[str, str]]:
+        """Of the backends: which one, and why not those that are usually faster."""
         model = self._shard
         shape = ServingShape(
             num_tokens=_round_up(num_tokens, TOKEN_GROUP),
-            num_seqs=_round_up(self._max_num_seqs, ROW_MULTIPLE),
+            num_seqs=self._max_num_rows,
             blocks_per_seq=_ceil_div(self.max_model_len, self.block_size),
             num_heads=model.num_heads,
             dtype=self.dtype,
@@ -345,7 +365,7 @@ class ModelRunner:
                 f"--speculative-config is not for the attention backend {backend}, whose rows do not see each other: "
                 "choose another one with --attention-backend."
             )
-        return backend
+        return backend, passed_over(shape, backend, self.platform)
 
     def _load(self, checkpoint: Checkpoint, report: Report) -> list[jax.Array]:
         started = time.monotonic()

@@ -308,6 +308,23 @@ def backend_for(shape: ServingShape, backend: str, platform: str) -> str:
         ValueError: none fits.
     """
 
+    return _choose(_serving_request(shape, platform), backend, platform)
+
+
+def passed_over(shape: ServingShape, backend: str, platform: str) -> dict[str, str]:
+    """Backends that `auto` would rather have than this one on this platform → why they do not fit."""
+    request, reasons = _serving_request(shape, platform), {}
+    for name, candidate in BACKENDS.items():
+        if name == backend:
+            break
+        if platform in candidate.platforms and (reason := candidate.unsupported(request(name), platform)):
+            reasons[name] = reason
+    return reasons
+
+
+def _serving_request(shape: ServingShape, platform: str) -> Callable[[str], Request]:
+    """Name of a backend → what it is asked when it is to serve a model."""
+
     def request(name: str) -> Request:
         _, K, _, D, _ = shape.pool
         T, S, M, ints = shape.num_tokens, shape.num_seqs, shape.blocks_per_seq, jnp.int32
@@ -328,7 +345,7 @@ def backend_for(shape: ServingShape, backend: str, platform: str) -> str:
             queries, kv, kv, pool, metadata, D**-0.5, shape.sliding_window, shape.soft_cap, decode_only=False
         )
 
-    return _choose(request, backend, platform)
+    return request
 
 
 def pool_struct(backend: str, shape: PoolShape, platform: str) -> jax.Array | QuantizedPool:

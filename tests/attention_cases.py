@@ -183,6 +183,23 @@ def meaning(variant: Variant) -> Callable[..., Any]:
     return jax.jit(write_and_attend)
 
 
+def telling_case(variant: Variant) -> Case:
+    """A case that reaches every part of a kernel, as what is drawn first need not: contexts around a block's edge and
+    as long as they come, a block that rows share, and, if the step may have it, a prompt and a chunk behind a context.
+    """
+    v = variant
+    if v.decode_only:
+        rows = [
+            (min(computed, v.max_context - 1), 1)
+            for computed in (0, v.B - 1, v.B, v.B + 1, v.max_context - 1)
+        ]
+    else:
+        prompt = v.T // 2 + 1
+        chunk = v.T - prompt - 5
+        rows = [(v.max_context - 1, 1), (v.B, 1), (0, prompt), (min(v.B + 1, v.max_context - chunk), chunk)]
+    return Case(v, rows, seed=0, shared=1)
+
+
 def draw_case(data: st.DataObject, variant: Variant) -> Case:
     v = variant
     lengths = st.integers(1, 1) if v.decode_only else st.sampled_from(v.row_lengths)

@@ -20,7 +20,9 @@ def demo_model_path() -> Path:
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--kernel-cases", type=int, default=8, help="drawn cases for each kernel (CI: 200)")
+    parser.addoption(
+        "--kernel-cases", type=int, default=8, help="drawn cases for each kernel (the full run: 200)"
+    )
 
 
 @pytest.fixture(scope="session")

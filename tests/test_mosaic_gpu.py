@@ -22,7 +22,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jaxserve.kernels import pallas_mosaic_gpu, pallas_triton
 from jaxserve.kernels.reference import QuantizedPool
-from tests.attention_cases import Case, Variant, draw_case
+from tests.attention_cases import Case, Variant, draw_case, telling_case
 
 simulated = pytest.mark.skipif(
     not hasattr(plgpu, "InterpretGPUParams"), reason=f"JAX {jax.__version__} has no simulator of Mosaic GPU"
@@ -114,6 +114,7 @@ def test_equals_the_reference(variant: Split, kernel_cases: int) -> None:
     def cases(data: st.DataObject) -> None:
         check(draw_case(data, variant))
 
+    check(telling_case(variant))
     cases()
 
 
@@ -159,6 +160,8 @@ def test_all_query_heads_share_a_load_if_wgmma_has_room_for_them() -> None:
 @pytest.mark.parametrize("off_by_one", ["past", "window"])
 def test_a_mask_that_is_off_by_one_is_caught(off_by_one: str, monkeypatch: pytest.MonkeyPatch) -> None:
     is_visible = pallas_mosaic_gpu.is_visible
+    case = Case(DECODE[1], [(57, 1), (130, 1)], seed=1)
+    check(case)
 
     def broken(kv_positions: Any, q_positions: Any, window: int | None) -> Any:
         assert window is not None
@@ -166,7 +169,6 @@ def test_a_mask_that_is_off_by_one_is_caught(off_by_one: str, monkeypatch: pytes
         return is_visible(kv_positions, q_positions - past, window - less)
 
     monkeypatch.setattr(pallas_mosaic_gpu, "is_visible", broken)
-    case = Case(DECODE[1], [(57, 1), (130, 1)], seed=1)
     out, _ = run(case, build(DECODE[1]))
     with pytest.raises(AssertionError):
         case.check_output(out[: case.num_tokens])

@@ -20,6 +20,7 @@ from jaxserve.kernels.paged_attention import (
     backend_for,
     choose_backend,
     paged_attention,
+    passed_over,
     pool_struct,
 )
 from jaxserve.kernels.reference import QuantizedPool
@@ -252,6 +253,15 @@ def test_a_model_is_served_by_what_can_do_it_in_its_own_layout() -> None:
     assert backend_for(serving(), "auto", "cpu") == "blocked"
     with pytest.raises(ValueError, match="pallas_tpu does not fit: block_size 8 is not one of 16"):
         backend_for(serving(block_size=8), "pallas_tpu", "tpu")
+
+
+def test_what_would_be_faster_says_why_it_was_passed_over() -> None:
+    assert passed_over(serving(), "pallas_tpu", "tpu") == {}
+    assert passed_over(serving(), "blocked", "cpu") == {}
+    (reason,) = passed_over(serving(head_dim=512), "blocked", "tpu").items()
+    assert reason[0] == "pallas_tpu"
+    assert "head_dim 512" in reason[1]
+    assert list(passed_over(serving(block_size=8), "blocked", "gpu")) == ["pallas_triton"]
 
 
 def test_pools_have_their_backends_layout() -> None:
