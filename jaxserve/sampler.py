@@ -29,7 +29,7 @@ NUM_BEAM_CANDIDATES = 256  # twice the widest beam search
 NO_TOKEN = -1  # sampled where no token is possible
 FLOAT_BITS = 32
 SUM_GROUP = 32  # neighbours whose running sums are taken directly
-ROW_GROUP = 16  # rows that [S, V] intermediates exist of at a time
+ROW_GROUP = 16  # rows that [S, V] intermediates exist of at a time, on each device among which V is split
 USED_ROW_GROUP = 8  # where rows that are not in use are skipped, on a CPU: few that are computed in vain
 
 
@@ -111,14 +111,16 @@ def sample(
             reported = _masked(scaled, keep) if processed_logprobs else None
             return jnp.where(possible, token_ids, NO_TOKEN), reported, candidates
 
-        return _by_row_groups(draw_rows, S, num_rows)
+        return _by_row_groups(draw_rows, S, num_rows, vocab)
 
     def greedy() -> tuple[jax.Array, jax.Array | None, jax.Array]:
         def take_largest(rows: _Rows) -> jax.Array:
             return vocab.argmax(vocab.mask_padding(rows.of(logits)))
 
         everything = isinstance(num_rows, int)  # at once: it needs no room of its own
-        token_ids = take_largest(_Rows(0, S)) if everything else _by_row_groups(take_largest, S, num_rows)
+        token_ids = (
+            take_largest(_Rows(0, S)) if everything else _by_row_groups(take_largest, S, num_rows, vocab)
+        )
         reported = logits[:S] if processed_logprobs else None
         return token_ids, reported, jnp.zeros((S, 3 * max_candidates), jnp.int32)
 
@@ -131,7 +133,7 @@ def sample(
             own = vocab.mask_padding(rows.of(reported))
             return logprobs_of(own, rows.of(jnp.maximum(token_ids, 0)), vocab, max_logprobs)
 
-        ratings: jax.Array = _by_row_groups(rate, S, num_rows)
+        ratings: jax.Array = _by_row_groups(rate, S, num_rows, vocab)
         return ratings
 
     def unrated() -> jax.Array:
@@ -181,12 +183,16 @@ class _Rows(NamedTuple):
         return lax.dynamic_slice_in_dim(x, self.first, self.size)
 
 
-def _by_row_groups(function: Callable[[_Rows], Any], num_rows: int, num_used: jax.Array | int) -> Any:
+def _by_row_groups(
+    function: Callable[[_Rows], Any], num_rows: int, num_used: jax.Array | int, vocab: VocabShard
+) -> Any:
     """`function` of a few rows at a time, as far as rows are in use: what it needs for itself is several
-    times [S, V], and all rows together would take that from the KV pool. Of groups that are not in use zeros."""
-    if num_rows <= ROW_GROUP and isinstance(num_used, int):
+    times [S, V], and all rows together would take that from the KV pool. Of groups that are not in use zeros.
+    Several devices take more rows at a time: each holds less of a row, and every group waits for all of them often."""
+    group = ROW_GROUP * vocab.group.size if isinstance(num_used, int) else USED_ROW_GROUP
+    if num_rows <= group and isinstance(num_used, int):
         return function(_Rows(0, num_rows))
-    size = math.gcd(num_rows, ROW_GROUP if isinstance(num_used, int) else USED_ROW_GROUP)
+    size = math.gcd(num_rows, group)
 
     def compute(g: jax.Array, out: Any) -> Any:
         first = g * size
