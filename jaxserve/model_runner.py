@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import threading
 import time
 from collections.abc import Callable
@@ -214,11 +213,7 @@ class ModelRunner:
         self._pools: Pools
         self._all_logits: jax.stages.Wrapped | None = None
         self._tracing = threading.Lock()
-        # XLA compiles one program for a CPU with several threads, but one for another device mostly with one
-        compile_threads = (
-            COMPILE_THREADS if self.platform == "cpu" else max(COMPILE_THREADS, os.cpu_count() or 1)
-        )
-        with ThreadPoolExecutor(compile_threads + 1, thread_name_prefix="startup") as pool:
+        with ThreadPoolExecutor(COMPILE_THREADS + 1, thread_name_prefix="startup") as pool:
             started = time.monotonic()
             loading = pool.submit(self._load, checkpoint, report)
             try:

@@ -13,7 +13,7 @@ import pytest
 from jaxserve import sampler
 from jaxserve.logits_processors import ProcessorInputs, SlotTables
 from jaxserve.sampler import SampleOutputs, SamplingInputs, sample
-from jaxserve.sharding import VocabShard
+from jaxserve.sharding import TensorParallel, VocabShard
 
 Array = np.ndarray
 SWEEP = pytest.mark.sweep
@@ -338,6 +338,18 @@ def test_more_rows_than_are_sampled_at_a_time_are_as_few(monkeypatch: pytest.Mon
     jax.clear_caches()
     at_once = run(logits, inputs_for(rows, **values), processed=True)
     jax.tree.map(np.testing.assert_array_equal, in_groups, at_once)
+
+
+@pytest.mark.parametrize(("num_devices", "expected"), [(1, 16), (4, 64), (8, 128)])
+def test_several_devices_take_more_rows_at_a_time(num_devices: int, expected: int) -> None:
+    sizes = []
+
+    def note(rows: Any) -> jax.Array:
+        sizes.append(rows.size)
+        return jnp.zeros((rows.size, 1))
+
+    sampler._by_row_groups(note, 256, 256, VocabShard(1000, TensorParallel(num_devices)))
+    assert set(sizes) == {expected}
 
 
 @pytest.mark.parametrize("vocab_size", [384, 385])
