@@ -8,6 +8,7 @@ import statistics
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import msgspec
@@ -402,6 +403,15 @@ def test_every_shape_and_every_number_of_logits_has_run_before_ready(
     assert {run[:2] for run in ran} == {(i, j) for i, p in enumerate(programs) for j in range(len(p.shapes))}
     sizes = {(i, size) for i, p in enumerate(programs) for size in logits_sizes(p.layout.num_rows)}
     assert {(program, size) for program, _, size in ran} == sizes
+
+
+def test_the_log_says_which_attention_serves_and_why_not_a_faster_one() -> None:
+    runner: Any = SimpleNamespace(
+        platform="gpu", attention_backend="blocked", _passed_over={"a": "it is odd"}
+    )
+    assert ModelRunner.describe_attention(runner) == "Attention: blocked; a does not fit: it is odd"
+    runner.platform = "cpu"
+    assert ModelRunner.describe_attention(runner) is None
 
 
 @pytest.mark.heavy
