@@ -6,10 +6,16 @@ bfloat16 result directly makes XLA:CPU fall off its fast path (12 × slower for 
 
 Quantized weights are int8 with one scale per output channel. Their inputs are quantized as they come, with one scale
 per row, so that a row's result depends on no other; sums of int32 are exact in any order.
+
+A CPU computes one row of 16 bits as sums, of which reading the weights takes most of the time; what XLA's library makes
+of the same, be it a product or a sum, takes twice as long. Two kernels share the work: `summands` adds up columns
+that are a multiple of LANES apart, which LLVM turns into vectors, and a sum over rows what is left. Fused they would
+add one element after the other.
 """
 
 from __future__ import annotations
 
+from functools import partial, reduce
 from typing import NamedTuple
 
 import jax
@@ -23,7 +29,8 @@ from jaxserve.sharding import ONE_CHIP, TensorParallel, VocabShard
 
 LayerIndex = int | jax.Array
 
-MAX_SUMMED_ROWS = 1 << 15
+LANES = 32  # columns that are added to each other's neighbours
+TERMS = range(2, 16)  # in one expression; what it takes 16 times XLA makes an array first
 SWAPPED_ROWS = (16, 64)  # from so many rows to so many, XLA:CPU is faster with weights on the left
 REST_STEPS = 2 * INT8_MAX  # of which one rounding leaves at most half
 CONTRACT_LAST = (((1,), (1,)), ((), ()))
@@ -36,6 +43,15 @@ class QuantizedRows(NamedTuple):
     values: jax.Array
     scales: jax.Array
     rests: jax.Array | None = None
+
+
+class Summands(NamedTuple):
+    """One row of a product in parts: terms [out, n, LANES] float32, to be added up for each output, and, if there are,
+    scale [out] float32 and bias [out]."""
+
+    terms: jax.Array
+    scale: jax.Array | None
+    bias: jax.Array | None
 
 
 def quantize_rows(x: jax.Array, group: TensorParallel = ONE_CHIP, *, fine: bool = False) -> QuantizedRows:
@@ -57,8 +73,13 @@ def matmul_int8(
     fine: bool = False,
 ) -> jax.Array:
     """x [T, in] · (weight [out, in] int8 · scale [out]) → [T, out] float32; `in` may be spread over the chips of a
-    group, whose sums are added up while they are integers, so that several chips give what one gives."""
-    values, scales, rests = x if isinstance(x, QuantizedRows) else quantize_rows(x, group, fine=fine)
+    group, whose sums are added up while they are integers, so that several chips give what one gives. Where it
+    `sums_up`, x is taken as it is."""
+    if not isinstance(x, QuantizedRows):
+        if sums_up(x, weight):
+            return group.sum(matmul(x, weight)) * scale
+        x = quantize_rows(x, group, fine=fine)
+    values, scales, rests = x
     T = values.shape[0]
     if rests is not None:  # rows of the same product, so that the weights are read once
         values = jnp.concatenate([values, rests])
@@ -72,18 +93,50 @@ def matmul_int8(
 
 
 def matmul(x: jax.Array, weight: jax.Array) -> jax.Array:
-    """x [T, in] · weight [out, in] → [T, out] float32."""
-    if x.shape[0] == 1 and x.dtype != jnp.float32:
-        if weight.shape[0] > MAX_SUMMED_ROWS:  # XLA:CPU does not fuse a sum as large as the output layer's
-            return matmul(jnp.broadcast_to(x, (8, x.shape[1])), weight)[:1]
-        # one row is bound by reading the weights: a sum reads them as they are, a product repacks them first
-        return jnp.sum(weight.astype(jnp.float32) * x[0].astype(jnp.float32)[None, :], axis=1)[None]
+    """x [T, in] · weight [out, in] → [T, out] float32; where it `sums_up`, the weight may be int8."""
+    if sums_up(x, weight):
+        # XLA does not fuse what a branch returns; the other one is right as well
+        terms = jax.eval_shape(summands, x, weight)
+        unknown = partial(jnp.full, terms.shape, jnp.nan, terms.dtype)
+        added = jnp.sum(lax.cond(jnp.isnan(x[0, 0]), unknown, partial(summands, x, weight)), axis=(1, 2))
+        return added[None]
+    if len(x) == 1 and x.dtype != jnp.float32:  # XLA:CPU has no fast product of one row
+        return matmul(jnp.broadcast_to(x, (8, x.shape[1])), weight)[:1]
     precision = lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
     if _swaps_operands(x, weight) and current_platform() == "cpu":
         product = lax.dot_general(weight, x, CONTRACT_LAST, precision, preferred_element_type=jnp.float32)
         swapped: jax.Array = lax.optimization_barrier(product)  # else XLA swaps them back
         return swapped.T
     return lax.dot_general(x, weight, CONTRACT_LAST, precision, preferred_element_type=jnp.float32)
+
+
+def sums_up(x: jax.Array, weight: jax.Array) -> bool:
+    """Whether this product is made of `summands`."""
+    one_row = x.shape[0] == 1 and x.dtype != jnp.float32
+    return one_row and bool(_num_terms(weight.shape[1])) and current_platform() == "cpu"
+
+
+def summands(x: jax.Array, weight: jax.Array) -> jax.Array:
+    """x [1, in] · weight [out, in] → [out, n, LANES] float32; the product is their sum for each output."""
+    outputs, inputs = weight.shape
+    num_terms = _num_terms(inputs)
+    row = x[0].astype(jnp.float32).reshape(-1, num_terms, LANES)
+    # slices of bfloat16 would be rounded once more by XLA:CPU
+    bits = lax.bitcast_convert_type(weight, jnp.uint16) if weight.dtype == jnp.bfloat16 else weight
+    columns = bits.reshape(outputs, -1, num_terms, LANES)
+    return reduce(jnp.add, (_float32(columns[:, :, i]) * row[:, i] for i in range(num_terms)))
+
+
+def _float32(x: jax.Array) -> jax.Array:
+    """uint16 are bits of bfloat16."""
+    if x.dtype == jnp.uint16:
+        return lax.bitcast_convert_type(x.astype(jnp.uint32) << 16, jnp.float32)
+    return x.astype(jnp.float32)
+
+
+def _num_terms(inputs: int) -> int:
+    """0 where inputs are no multiple."""
+    return max((n for n in TERMS if inputs % (n * LANES) == 0), default=0)
 
 
 def _swaps_operands(x: jax.Array, weight: jax.Array) -> bool:
@@ -122,6 +175,20 @@ class Linear(nnx.Module):
         if self.bias is not None:
             out += self.bias[...].astype(jnp.float32)
         return out
+
+    def summands(self, x: jax.Array) -> Summands:
+        """What of x [1, in] → [1, out] reads the weight, where it `sums_up`."""
+        scale, bias = (None if p is None else p[...] for p in (self.scale, self.bias))
+        return Summands(summands(x, self.weight[...]), scale, bias)
+
+    def add_up(self, parts: Summands) -> jax.Array:
+        """The rest of it."""
+        out = self.summed_over.sum(jnp.sum(parts.terms, axis=(1, 2)))
+        if parts.scale is not None:
+            out *= parts.scale
+        if parts.bias is not None:
+            out += parts.bias.astype(jnp.float32)
+        return out[None]
 
     def product(self, x: jax.Array | QuantizedRows) -> jax.Array:
         """Without the bias. Only quantized weights take quantized inputs."""

@@ -26,8 +26,10 @@ from jaxserve.models.layers import (
     Linear,
     QuantizedRows,
     RMSNorm,
+    Summands,
     quantize_rows,
     rotary_embedding,
+    sums_up,
 )
 from jaxserve.models.loader import Part, TensorSlot
 from jaxserve.models.rope import rope_frequencies
@@ -206,6 +208,8 @@ class Llama(nnx.Module):
             return part(self.layers[layer])(x)
         inputs: jax.Array | QuantizedRows = x
         first = part(self.layers[0])
+        if sums_up(x, first.weight[...]):
+            return first.add_up(lax.switch(layer, [partial(_summands, part(m)) for m in self.layers], x))
         if first.scale is not None:
             inputs = quantize_rows(x, first.summed_over, fine=first.fine)  # once, not in every branch
         # functions, not modules: JAX names each branch, and of a module it would print all of it
@@ -219,6 +223,10 @@ class Llama(nnx.Module):
 
 def _call(module: Linear, x: jax.Array | QuantizedRows) -> jax.Array:
     return module(x)
+
+
+def _summands(module: Linear, x: jax.Array) -> Summands:
+    return module.summands(x)
 
 
 def checkpoint_slots(config: ModelConfig, *, num_shards: int = 1, shard: int = 0) -> dict[str, TensorSlot]:

@@ -71,6 +71,33 @@ def test_every_variant_of_the_configuration_equals_transformers(variant: str, tm
     assert greedy(runner, [s[:-24] for s in sequences], 24) == [s[-24:] for s in sequences]
 
 
+@pytest.mark.parametrize(
+    ("variant", "quantization", "most"),
+    [("untied", "none", 0.02), ("attention bias", "none", 0.02), ("mlp bias", "int8", 0.05)],
+)
+def test_one_row_at_a_time_in_bfloat16_stays_close_to_transformers(
+    variant: str, quantization: str, most: float, tmp_path: Path
+) -> None:
+    """One row has products of its own on a CPU."""
+    stored = np.load(DATA / "tiny_llama.npz")
+    prompt, expected = stored[f"{variant}/prompt"], stored[f"{variant}/logits"]
+    config = EngineConfig(
+        model=str(write_tiny_model(tmp_path / "model", variant)),
+        dtype="bfloat16",
+        quantization=quantization,
+        max_num_seqs=1,
+        max_num_batched_tokens=1,
+        kv_cache_memory_bytes=4 << 20,
+    )
+    defaults = PLATFORM_DEFAULTS["cpu"]._replace(smallest_buckets=(1,))
+    with argmax_alone(), mock.patch.dict(PLATFORM_DEFAULTS, {"cpu": defaults}):
+        runner = ModelRunner(config)
+    runner.shapes = runner.shapes[:1]
+    assert runner.shapes[0].num_tokens == 1
+    error = runner.prompt_logits(prompt.tolist()) - expected
+    assert 0 < error.std() < most * expected.std()
+
+
 @pytest.mark.heavy
 def test_positions_up_to_the_scaled_length_equal_transformers_and_no_more_are_served(tmp_path: Path) -> None:
     stored = np.load(DATA / "long_rope.npz")
