@@ -3,8 +3,8 @@
 FlashAttention's online softmax (Dao et al. 2022, algorithm 1) over chunks of tokens. The loops' trip
 counts are data, so that one program serves every context length and costs what the batch at hand needs:
 single tokens are taken TOKEN_GROUP at a time up to the longest context among them, longer rows in tiles of
-QUERY_TILE tokens up to their own end. A chunk that is masked out whole changes no bit of the result, so a
-token's result does not depend on its neighbours.
+QUERY_TILE tokens up to their own end; behind a long context two at a time, because larger products are faster. A chunk
+that is masked out whole changes no bit of the result, so a token's result does not depend on its neighbours.
 
 The pool is [N, 2, K, B · D]: a block's values are [B, D], its keys are stored transposed, [D, B]. So both are what
 XLA:CPU multiplies with as they are; keys as [B, D] it transposes anew in every product, which takes as long as the
@@ -26,7 +26,8 @@ Pool = jax.Array | QuantizedPool
 
 TOKEN_GROUP = 16
 GROUP_CHUNK = 64  # tokens of K and V at a time; of TOKEN_GROUP contexts they should stay in the L2 cache
-TILE_CHUNK = 128  # of one context
+TILE_CHUNK = 128  # of one context, for every tile
+LONG_CONTEXT = 256  # behind fewer tokens, the chunks of two tiles are mostly masked out
 MASKED = -1e30  # finite, so that a row without any context gives 0 and no NaN
 # XLA:CPU widens every update of an array of small floats to float32, the whole array with it; integers stay as they
 # are. So a pool may hold the bits: which floats they are follows from the integer.
@@ -150,7 +151,7 @@ def paged_attention(
     scale_rows = None if scales is None else scales.reshape(-1, B)
     heads = jnp.arange(K, dtype=jnp.int32)
     # a chunk may begin with a table's last block
-    tables = jnp.pad(metadata.block_tables, ((0, 0), (0, max(1, TILE_CHUNK // B) - 1)))
+    tables = jnp.pad(metadata.block_tables, ((0, 0), (0, max(1, 2 * TILE_CHUNK // B) - 1)))
     # 8-bit numbers are exact in every float of 16 bits
     tile_dtype = queries.dtype if scales is not None else jnp.promote_types(queries.dtype, dtype)
     precision = lax.Precision.HIGHEST if tile_dtype == jnp.float32 else None
@@ -168,11 +169,11 @@ def paged_attention(
         return keys.reshape(R, K, D, num_blocks * B), values.reshape(R, K, num_blocks * B, D)
 
     def attend(
-        q: jax.Array, block_rows: jax.Array, q_positions: jax.Array, lens: jax.Array, *, tiled: bool
+        q: jax.Array, block_rows: jax.Array, q_positions: jax.Array, lens: jax.Array, *, num_tiles: int = 0
     ) -> jax.Array:
         """q [R, K, Q, D] with positions [R, Q], block_rows [R, M], lens [R] → [R, K, Q, D] float32."""
         R, _, Q, _ = q.shape
-        blocks_per_chunk = max(1, min((TILE_CHUNK if tiled else GROUP_CHUNK) // B, M))
+        blocks_per_chunk = max(1, min((TILE_CHUNK * num_tiles or GROUP_CHUNK) // B, M))
         chunk = blocks_per_chunk * B
         last_chunk = _ceil_div(jnp.max(lens), chunk)
         first_chunk = jnp.int32(0)
@@ -186,7 +187,7 @@ def paged_attention(
             peak, total, acc = carry
             block_ids = _slice(block_rows, c * blocks_per_chunk, blocks_per_chunk, axis=1)
             index = block_ids[:, None, :] * (2 * K) + heads[None, :, None]
-            keys, values = gather(index, tiled=tiled)
+            keys, values = gather(index, tiled=num_tiles > 0)
             scores = _product(q.astype(keys.dtype), keys, precision) * scale  # [R, K, Q, C]
             if scale_rows is not None:
                 scores *= _take(scale_rows, index).reshape(R, K, 1, chunk)
@@ -217,30 +218,45 @@ def paged_attention(
         block_rows = _take(tables, _slice(metadata.token_rows, first, group))
         q_positions = jnp.broadcast_to(positions[:, None], (group, G))
         lens = lax.select(single, positions + 1, jnp.zeros_like(positions))
-        result = attend(q, block_rows, q_positions, lens, tiled=False)
+        result = attend(q, block_rows, q_positions, lens)
         return _update(out, result.reshape(group, H, D), first)
 
-    def tile(i: jax.Array, out: jax.Array) -> jax.Array:
+    def tiles(i: jax.Array, out: jax.Array, num_tiles: int) -> jax.Array:
+        """The i-th and those behind it, of the same row."""
+        size = num_tiles * QUERY_TILE
         row, first = _slice(metadata.tiles, i, 1)[0]
         position = _item(metadata.positions, first)
-        q = _slice(padded_queries, first, QUERY_TILE)  # [QUERY_TILE, H, D]
-        q = q.reshape(QUERY_TILE, K, G, D).transpose(1, 2, 0, 3).reshape(1, K, G * QUERY_TILE, D)
-        q_positions = jnp.tile(position + jnp.arange(QUERY_TILE, dtype=jnp.int32), G)[None]
-        end = jnp.minimum(_slice(metadata.seq_lens, row, 1), position + QUERY_TILE)
-        result = attend(q, _slice(tables, row, 1), q_positions, end, tiled=True)
-        result = result.reshape(K, G, QUERY_TILE, D).transpose(2, 0, 1, 3).reshape(QUERY_TILE, H, D)
+        q = _slice(padded_queries, first, size)  # [size, H, D]
+        q = q.reshape(size, K, G, D).transpose(1, 2, 0, 3).reshape(1, K, G * size, D)
+        q_positions = jnp.tile(position + jnp.arange(size, dtype=jnp.int32), G)[None]
+        end = jnp.minimum(_slice(metadata.seq_lens, row, 1), position + size)
+        result = attend(q, _slice(tables, row, 1), q_positions, end, num_tiles=num_tiles)
+        result = result.reshape(K, G, size, D).transpose(2, 0, 1, 3).reshape(size, H, D)
         return _update(
             out, result, first
         )  # what it writes past its row's end, the tiles behind it write again
+
+    def next_tiles(carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        i, out = carry
+        rows = _slice(tile_rows, i, 2)
+        behind = _item(metadata.positions, _slice(metadata.tiles, i, 1)[0, 1])
+        same_row = (i + 1 < metadata.num_tiles) & (rows[0] == rows[1])
+        two = (same_row & (behind >= LONG_CONTEXT)).astype(jnp.int32)
+        # What branches return is copied, so these are loops of one turn or none. What did not depend on their own
+        # number, which is 0, would be computed in any case.
+        out = lax.fori_loop(0, two, lambda zero, out: tiles(i + zero, out, 2), out)
+        out = lax.fori_loop(two, 1, lambda zero, out: tiles(i + zero, out, 1), out)
+        return i + 1 + two, out
 
     if group >= T:  # one group needs no loop, and loops are most of what there is to compile
         return token_group(jnp.int32(0), jnp.zeros_like(queries))
     num_groups = _ceil_div(metadata.num_single_tokens, group)
     if metadata.tiles.shape[0] == 0:
         return lax.fori_loop(0, num_groups, token_group, jnp.zeros_like(queries))
-    padded_queries = jnp.pad(queries, ((0, QUERY_TILE), (0, 0), (0, 0)))
+    padded_queries = jnp.pad(queries, ((0, 2 * QUERY_TILE), (0, 0), (0, 0)))
+    tile_rows = jnp.pad(metadata.tiles[:, 0], (0, 1))
     out = lax.fori_loop(0, num_groups, token_group, jnp.zeros_like(padded_queries))
-    return lax.fori_loop(0, metadata.num_tiles, tile, out)[:T]
+    return lax.while_loop(lambda carry: carry[0] < metadata.num_tiles, next_tiles, (jnp.int32(0), out))[1][:T]
 
 
 def _product(a: jax.Array, b: jax.Array, precision: lax.Precision | None) -> jax.Array:
