@@ -247,6 +247,11 @@ class DeviceGroup:
         return [self._devices[i] for i in self.local_shards]
 
     @property
+    def kind(self) -> str:
+        """Such as "TPU v4"."""
+        return str(self._devices[0].device_kind)
+
+    @property
     def platform(self) -> str:
         return str(self._devices[0].platform)
 
@@ -296,11 +301,10 @@ class DeviceGroup:
         self, names: Sequence[str], leaves: Sequence[jax.ShapeDtypeStruct]
     ) -> list[jax.ShapeDtypeStruct]:
         """Likewise for parameters, which lie as `put_weight` lays them."""
-        kind = self._devices[0].device_kind
         sharding: Sharding = SingleDeviceSharding(self._devices[0]) if self.group.size == 1 else self._sharded
 
         def with_layout(name: str, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-            layout = weight_layout(name, leaf.dtype, kind, self.group.size)
+            layout = weight_layout(name, leaf.dtype, self.kind, self.group.size)
             if layout is None:
                 return leaf
             return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=Format(layout, sharding))

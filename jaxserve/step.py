@@ -46,6 +46,11 @@ class ModelDefinition:
         shapes = tuple(tuple(leaf.shape) for _, leaf in paths)
         return cls(graph, treedef, names, shapes, tuple(leaf.dtype for _, leaf in paths))
 
+    @property
+    def table_dtype(self) -> jnp.dtype:
+        """Of embeddings and output layer."""
+        return self.dtypes[self.names.index("embed_tokens.weight")]
+
     def abstract(self) -> list[jax.ShapeDtypeStruct]:
         """The leaves' shapes and dtypes."""
         return list(map(jax.ShapeDtypeStruct, self.shapes, self.dtypes))
@@ -93,6 +98,7 @@ Step = Callable[[list[jax.Array], Pools, SlotTables, jax.Array], tuple[StepOutpu
 """(parameter leaves, pools to donate, slot tables, packed inputs int32 [layout.size]) → (outputs, pools)."""
 
 PROMPT_GROUP = 64  # tokens of a prompt whose logits exist at a time
+UNROLLED_PROMPT_GROUP = 512  # a branch each, which takes seconds to compile
 FEWEST_ROWS = 8  # whose logits are computed by a product of their own
 
 Carry = TypeVar("Carry")
@@ -107,9 +113,11 @@ def make_step(
     processed_logprobs: bool,
     attention_backend: str = "auto",
     unroll_layers: bool = False,
+    unroll_prompts: bool = False,
 ) -> Step:
     """The function to compile, with several chips what each of them does; `attention_backend` as in
-    `kernels.paged_attention`. With room for logits in the pools, rows that are not in use are skipped."""
+    `kernels.paged_attention`; `unroll_prompts`: tokens of prompts are rated without a loop. With room for logits in the
+    pools, rows that are not in use are skipped."""
     layout = program.layout
 
     def step(
@@ -137,7 +145,7 @@ def make_step(
         outputs = StepOutputs(
             sampled=jnp.concatenate([out.token_ids[:, None], out.logprobs], axis=1),
             candidates=out.candidates,
-            prompt=_prompt_logprobs(model, hidden, inputs, vocab, max_logprobs),
+            prompt=_prompt_logprobs(model, hidden, inputs, vocab, max_logprobs, unroll=unroll_prompts),
         )
         sampled = lax.dynamic_update_slice_in_dim(pools.sampled, out.token_ids, 0, axis=0)
         return outputs, pools._replace(sampled=sampled)
@@ -201,7 +209,13 @@ def _sampling_inputs(
 
 
 def _prompt_logprobs(
-    model: Llama, hidden: jax.Array, inputs: dict[str, jax.Array], vocab: VocabShard, max_logprobs: int
+    model: Llama,
+    hidden: jax.Array,
+    inputs: dict[str, jax.Array],
+    vocab: VocabShard,
+    max_logprobs: int,
+    *,
+    unroll: bool,
 ) -> jax.Array:
     """[T, 2 + 2 · L]; how likely each of `prompt_targets` was. A few tokens at a time: never [T, V]."""
     targets, tokens = inputs["prompt_targets"], inputs["prompt_tokens"]
@@ -209,7 +223,7 @@ def _prompt_logprobs(
     out = jnp.zeros((T, 2 + 2 * max_logprobs), jnp.int32)
     if T == 0:
         return out
-    group = min(PROMPT_GROUP, T)
+    group = min(UNROLLED_PROMPT_GROUP if unroll else PROMPT_GROUP, T)
 
     def rate(g: jax.Array, out: jax.Array) -> jax.Array:
         first = jnp.minimum(g * group, T - group)
@@ -219,7 +233,12 @@ def _prompt_logprobs(
         rows = logprobs_of(logits, group_targets, vocab, max_logprobs)
         return lax.dynamic_update_slice_in_dim(out, rows, first, axis=0)
 
-    return lax.fori_loop(0, (inputs["counts"][4] + group - 1) // group, rate, out)
+    num_groups = (inputs["counts"][4] + group - 1) // group
+    if not unroll:
+        return lax.fori_loop(0, num_groups, rate, out)
+    for g in range(-(-T // group)):
+        out = lax.cond(g < num_groups, partial(rate, jnp.int32(g)), lambda out: out, out)
+    return out
 
 
 def make_all_logits(

@@ -20,11 +20,16 @@ def weight_layout(name: str, dtype: jnp.dtype, device_kind: str, num_devices: in
     """
     if not device_kind.startswith("TPU") or name not in VOCAB_TABLES:
         return None
-    # of what is split among devices the compiler takes no tiling
-    tiled = device_kind == "TPU7x" and num_devices == 1
-    return Layout(ROW_MAJOR, tiling=_loop_tiling(dtype) if tiled else None)
+    tiled = not loop_copies_table(dtype, device_kind, num_devices)
+    return Layout(ROW_MAJOR, tiling=_loop_tiling(dtype, device_kind) if tiled else None)
 
 
-def _loop_tiling(dtype: jnp.dtype) -> tuple[tuple[int, ...], ...] | None:
+def loop_copies_table(dtype: jnp.dtype, device_kind: str, num_devices: int) -> bool:
+    """Whether a loop that reads the output layer makes a copy of it first, because it wants tiles of its own, of which
+    the compiler takes none for what is split among devices. Branches read it as it is."""
+    return num_devices > 1 and _loop_tiling(dtype, device_kind) is not None
+
+
+def _loop_tiling(dtype: jnp.dtype, device_kind: str) -> tuple[tuple[int, ...], ...] | None:
     """Tiles in which TPU7x wants what a loop reads: the output layer, where prompts are rated."""
-    return ((16, 128), (2, 1)) if dtype == jnp.bfloat16 else None
+    return ((16, 128), (2, 1)) if dtype == jnp.bfloat16 and device_kind == "TPU7x" else None

@@ -25,6 +25,7 @@ from jaxserve.sharding import EVERYWHERE, SHARDED, DeviceGroup, TensorParallel, 
 from jaxserve.slot_tables import MAX_BIASES
 from jaxserve.step import ModelDefinition, Pools, make_step
 from jaxserve.step_inputs import StepProgram, StepShape
+from jaxserve.weight_layouts import loop_copies_table
 
 BACKENDS = {"tpu": "pallas_tpu", "gpu": "pallas_triton"}
 BLOCK_SIZES = {"tpu": 128, "gpu": 32}
@@ -344,6 +345,7 @@ class Step:
             processed_logprobs=False,
             attention_backend=backend,
             unroll_layers=True,
+            unroll_prompts=loop_copies_table(definition.table_dtype, device_group.kind, group.size),
         )
         tokens, sampled = struct((num_blocks, B), jnp.int32), struct((self.max_num_seqs,), jnp.int32)
         pools: Any = Pools(spec.abstract(num_blocks), tokens, sampled)  # type: ignore[arg-type]

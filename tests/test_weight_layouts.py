@@ -9,7 +9,7 @@ import pytest
 from jax.experimental.layout import Layout
 
 from jaxserve import sharding
-from jaxserve.weight_layouts import weight_layout
+from jaxserve.weight_layouts import loop_copies_table, weight_layout
 
 BFLOAT16 = jnp.dtype(jnp.bfloat16)
 TABLE = "embed_tokens.weight"
@@ -30,6 +30,9 @@ def test_tiles_are_named_only_where_the_compiler_takes_them() -> None:
     )
     assert tiled == Layout((0, 1), tiling=((16, 128), (2, 1)))
     assert split == other == Layout((0, 1))
+    kinds = (("TPU7x", 1), ("TPU7x", 4), ("TPU v4", 4), ("cpu", 2))
+    assert [loop_copies_table(BFLOAT16, *at) for at in kinds] == [False, True, False, False]
+    assert not loop_copies_table(jnp.dtype(jnp.int8), "TPU7x", 4)
 
 
 def test_other_weights_and_devices_are_left_to_the_compiler() -> None:
