@@ -20,13 +20,13 @@ def weight_layout(name: str, dtype: jnp.dtype, device_kind: str, num_devices: in
     """
     if not device_kind.startswith("TPU") or name not in VOCAB_TABLES:
         return None
-    tiled = not loop_copies_table(dtype, device_kind, num_devices)
-    return Layout(ROW_MAJOR, tiling=_loop_tiling(dtype, device_kind) if tiled else None)
+    # of what is split among devices the compiler takes no tiles
+    return Layout(ROW_MAJOR, tiling=_loop_tiling(dtype, device_kind) if num_devices == 1 else None)
 
 
 def loop_copies_table(dtype: jnp.dtype, device_kind: str, num_devices: int) -> bool:
-    """Whether a loop that reads the output layer makes a copy of it first, because it wants tiles of its own, of which
-    the compiler takes none for what is split among devices. Branches read it as it is."""
+    """Whether a loop that reads the output layer copies it first, into the tiles that it wants. Branches read it as it
+    is."""
     return num_devices > 1 and _loop_tiling(dtype, device_kind) is not None
 
 

@@ -4,7 +4,8 @@ FlashAttention's online softmax (Dao et al. 2022, algorithm 1) over chunks of to
 counts are data, so that one program serves every context length and costs what the batch at hand needs:
 single tokens are taken TOKEN_GROUP at a time up to the longest context among them, longer rows in tiles of
 QUERY_TILE tokens up to their own end; behind a long context two at a time, because larger products are faster. A chunk
-that is masked out whole changes no bit of the result, so a token's result does not depend on its neighbours.
+that is masked out whole changes no bit of the result, so a token's result does not depend on other rows; on how its own
+row is cut into steps it depends as far as rounding goes, since it decides which products a token is in.
 
 The pool is [N, 2, K, B · D]: a block's values are [B, D], its keys are stored transposed, [D, B]. So both are what
 XLA:CPU multiplies with as they are; keys as [B, D] it transposes anew in every product, which takes as long as the
@@ -253,7 +254,8 @@ def paged_attention(
     num_groups = _ceil_div(metadata.num_single_tokens, group)
     if metadata.tiles.shape[0] == 0:
         return lax.fori_loop(0, num_groups, token_group, jnp.zeros_like(queries))
-    padded_queries = jnp.pad(queries, ((0, 2 * QUERY_TILE), (0, 0), (0, 0)))
+    # where there are two, the first is full: they reach no further past the end than one
+    padded_queries = jnp.pad(queries, ((0, QUERY_TILE), (0, 0), (0, 0)))
     tile_rows = jnp.pad(metadata.tiles[:, 0], (0, 1))
     out = lax.fori_loop(0, num_groups, token_group, jnp.zeros_like(padded_queries))
     return lax.while_loop(lambda carry: carry[0] < metadata.num_tiles, next_tiles, (jnp.int32(0), out))[1][:T]

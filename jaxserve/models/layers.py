@@ -8,9 +8,9 @@ Quantized weights are int8 with one scale per output channel. Their inputs are q
 per row, so that a row's result depends on no other; sums of int32 are exact in any order.
 
 A CPU computes one row of 16 bits as sums, of which reading the weights takes most of the time; what XLA's library makes
-of the same, be it a product or a sum, takes twice as long. Two kernels share the work: `summands` adds up columns
-that are a multiple of LANES apart, which LLVM turns into vectors, and a sum over rows what is left. Fused they would
-add one element after the other.
+of the same, be it a product or a sum, takes twice as long. Two kernels share the work: in `summands`, which LLVM turns
+into vectors, each of LANES neighbouring columns is added to those that are a multiple of LANES further on; what is left
+of an output is added up behind it. Fused they would add one element after the other.
 """
 
 from __future__ import annotations
@@ -29,8 +29,12 @@ from jaxserve.sharding import ONE_CHIP, TensorParallel, VocabShard
 
 LayerIndex = int | jax.Array
 
-LANES = 32  # columns that are added to each other's neighbours
-TERMS = range(2, 16)  # in one expression; what it takes 16 times XLA makes an array first
+LANES = 16  # neighbouring columns that go into different sums
+MAX_TERMS = 20  # in one sum
+# XLA fuses nothing into 16 others, but makes an array of it first: so a weight is taken as two arrays of the same bits.
+# And slices of bfloat16 XLA:CPU rounds once more, of integers it does not.
+VIEWS = {"bfloat16": (jnp.uint16, jnp.int16), "int8": (jnp.int8, jnp.uint8)}
+MAX_TERMS_OF_VIEW = 15
 SWAPPED_ROWS = (16, 64)  # from so many rows to so many, XLA:CPU is faster with weights on the left
 REST_STEPS = 2 * INT8_MAX  # of which one rounding leaves at most half
 CONTRACT_LAST = (((1,), (1,)), ((), ()))
@@ -43,6 +47,11 @@ class QuantizedRows(NamedTuple):
     values: jax.Array
     scales: jax.Array
     rests: jax.Array | None = None
+
+    def steps(self) -> jax.Array:
+        """[T, in] float32: how many `scales` each element is."""
+        values = self.values.astype(jnp.float32)
+        return values if self.rests is None else values + self.rests.astype(jnp.float32) / REST_STEPS
 
 
 class Summands(NamedTuple):
@@ -73,13 +82,10 @@ def matmul_int8(
     fine: bool = False,
 ) -> jax.Array:
     """x [T, in] · (weight [out, in] int8 · scale [out]) → [T, out] float32; `in` may be spread over the chips of a
-    group, whose sums are added up while they are integers, so that several chips give what one gives. Where it
-    `sums_up`, x is taken as it is."""
-    if not isinstance(x, QuantizedRows):
-        if sums_up(x, weight):
-            return group.sum(matmul(x, weight)) * scale
-        x = quantize_rows(x, group, fine=fine)
-    values, scales, rests = x
+    group, whose sums are added up while they are integers, so that several chips give what one gives."""
+    values, scales, rests = rows = x if isinstance(x, QuantizedRows) else quantize_rows(x, group, fine=fine)
+    if not isinstance(x, QuantizedRows) and sums_up(x, weight):
+        return group.sum(_added_up(rows.steps()[0], weight))[None] * (scales * scale)
     T = values.shape[0]
     if rests is not None:  # rows of the same product, so that the weights are read once
         values = jnp.concatenate([values, rests])
@@ -93,17 +99,14 @@ def matmul_int8(
 
 
 def matmul(x: jax.Array, weight: jax.Array) -> jax.Array:
-    """x [T, in] · weight [out, in] → [T, out] float32; where it `sums_up`, the weight may be int8."""
+    """x [T, in] · weight [out, in] → [T, out] float32."""
     if sums_up(x, weight):
-        # XLA does not fuse what a branch returns; the other one is right as well
-        terms = jax.eval_shape(summands, x, weight)
-        unknown = partial(jnp.full, terms.shape, jnp.nan, terms.dtype)
-        added = jnp.sum(lax.cond(jnp.isnan(x[0, 0]), unknown, partial(summands, x, weight)), axis=(1, 2))
-        return added[None]
-    if len(x) == 1 and x.dtype != jnp.float32:  # XLA:CPU has no fast product of one row
-        return matmul(jnp.broadcast_to(x, (8, x.shape[1])), weight)[:1]
+        return _added_up(x[0].astype(jnp.float32), weight)[None]
     precision = lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
-    if _swaps_operands(x, weight) and current_platform() == "cpu":
+    on_cpu = current_platform() == "cpu"
+    if len(x) == 1 and x.dtype != jnp.float32 and on_cpu:  # XLA:CPU has no fast product of one row
+        return matmul(jnp.broadcast_to(x, (8, x.shape[1])), weight)[:1]
+    if _swaps_operands(x, weight) and on_cpu:
         product = lax.dot_general(weight, x, CONTRACT_LAST, precision, preferred_element_type=jnp.float32)
         swapped: jax.Array = lax.optimization_barrier(product)  # else XLA swaps them back
         return swapped.T
@@ -113,30 +116,42 @@ def matmul(x: jax.Array, weight: jax.Array) -> jax.Array:
 def sums_up(x: jax.Array, weight: jax.Array) -> bool:
     """Whether this product is made of `summands`."""
     one_row = x.shape[0] == 1 and x.dtype != jnp.float32
-    return one_row and bool(_num_terms(weight.shape[1])) and current_platform() == "cpu"
+    return one_row and _num_terms(weight) > 0 and current_platform() == "cpu"
 
 
-def summands(x: jax.Array, weight: jax.Array) -> jax.Array:
-    """x [1, in] · weight [out, in] → [out, n, LANES] float32; the product is their sum for each output."""
-    outputs, inputs = weight.shape
-    num_terms = _num_terms(inputs)
-    row = x[0].astype(jnp.float32).reshape(-1, num_terms, LANES)
-    # slices of bfloat16 would be rounded once more by XLA:CPU
-    bits = lax.bitcast_convert_type(weight, jnp.uint16) if weight.dtype == jnp.bfloat16 else weight
-    columns = bits.reshape(outputs, -1, num_terms, LANES)
-    return reduce(jnp.add, (_float32(columns[:, :, i]) * row[:, i] for i in range(num_terms)))
+def _added_up(row: jax.Array, weight: jax.Array) -> jax.Array:
+    """row [in] float32 · weight [out, in] → [out] float32."""
+    terms = jax.eval_shape(summands, row, weight)
+    # What a branch returns is not fused with what takes it, and that is all the branch is for: where one input is NaN,
+    # every output is.
+    nothing = partial(jnp.full, terms.shape, jnp.nan, terms.dtype)
+    return jnp.sum(lax.cond(jnp.isnan(row[0]), nothing, partial(summands, row, weight)), axis=(1, 2))
+
+
+def summands(row: jax.Array, weight: jax.Array) -> jax.Array:
+    """row [in] float32 · weight [out, in] → [out, n, LANES] float32; the product is their sum for each output."""
+    outputs, num_terms = len(weight), _num_terms(weight)
+    row = row.reshape(-1, num_terms, LANES)
+    views = [
+        lax.bitcast_convert_type(weight, dtype).reshape(outputs, -1, num_terms, LANES)
+        for dtype in VIEWS.get(weight.dtype.name, (weight.dtype,))
+    ]
+    terms = (_float32(views[i % len(views)][:, :, i]) * row[:, i] for i in range(num_terms))
+    return reduce(jnp.add, terms)
 
 
 def _float32(x: jax.Array) -> jax.Array:
-    """uint16 are bits of bfloat16."""
-    if x.dtype == jnp.uint16:
-        return lax.bitcast_convert_type(x.astype(jnp.uint32) << 16, jnp.float32)
-    return x.astype(jnp.float32)
+    """16-bit integers are bits of bfloat16, those of 8 bits are int8."""
+    if x.dtype in (jnp.uint16, jnp.int16):
+        wide = x.astype(jnp.uint32 if x.dtype == jnp.uint16 else jnp.int32)
+        return lax.bitcast_convert_type(wide << 16, jnp.float32)
+    return (x.astype(jnp.int8) if x.dtype == jnp.uint8 else x).astype(jnp.float32)
 
 
-def _num_terms(inputs: int) -> int:
-    """0 where inputs are no multiple."""
-    return max((n for n in TERMS if inputs % (n * LANES) == 0), default=0)
+def _num_terms(weight: jax.Array) -> int:
+    """Into how many terms its inputs divide; 0 if they do not."""
+    most = min(MAX_TERMS, MAX_TERMS_OF_VIEW * len(VIEWS.get(weight.dtype.name, "1")))
+    return max((n for n in range(2, most + 1) if weight.shape[1] % (n * LANES) == 0), default=0)
 
 
 def _swaps_operands(x: jax.Array, weight: jax.Array) -> bool:
@@ -176,16 +191,17 @@ class Linear(nnx.Module):
             out += self.bias[...].astype(jnp.float32)
         return out
 
-    def summands(self, x: jax.Array) -> Summands:
-        """What of x [1, in] → [1, out] reads the weight, where it `sums_up`."""
+    def summands(self, row: jax.Array) -> Summands:
+        """What of one row's product reads the parameters, where it `sums_up`: row [in] float32; quantized, its
+        `steps`."""
         scale, bias = (None if p is None else p[...] for p in (self.scale, self.bias))
-        return Summands(summands(x, self.weight[...]), scale, bias)
+        return Summands(summands(row, self.weight[...]), scale, bias)
 
-    def add_up(self, parts: Summands) -> jax.Array:
-        """The rest of it."""
+    def add_up(self, parts: Summands, x: jax.Array | QuantizedRows) -> jax.Array:
+        """The rest of it: [1, out] float32."""
         out = self.summed_over.sum(jnp.sum(parts.terms, axis=(1, 2)))
-        if parts.scale is not None:
-            out *= parts.scale
+        if isinstance(x, QuantizedRows) and parts.scale is not None:
+            out *= x.scales[0] * parts.scale
         if parts.bias is not None:
             out += parts.bias.astype(jnp.float32)
         return out[None]

@@ -208,10 +208,12 @@ class Llama(nnx.Module):
             return part(self.layers[layer])(x)
         inputs: jax.Array | QuantizedRows = x
         first = part(self.layers[0])
-        if sums_up(x, first.weight[...]):
-            return first.add_up(lax.switch(layer, [partial(_summands, part(m)) for m in self.layers], x))
         if first.scale is not None:
             inputs = quantize_rows(x, first.summed_over, fine=first.fine)  # once, not in every branch
+        if sums_up(x, first.weight[...]):
+            row = (inputs.steps() if isinstance(inputs, QuantizedRows) else inputs.astype(jnp.float32))[0]
+            parts = lax.switch(layer, [partial(_summands, part(module)) for module in self.layers], row)
+            return first.add_up(parts, inputs)
         # functions, not modules: JAX names each branch, and of a module it would print all of it
         out: jax.Array = lax.switch(layer, [partial(_call, part(module)) for module in self.layers], inputs)
         return out
@@ -225,8 +227,8 @@ def _call(module: Linear, x: jax.Array | QuantizedRows) -> jax.Array:
     return module(x)
 
 
-def _summands(module: Linear, x: jax.Array) -> Summands:
-    return module.summands(x)
+def _summands(module: Linear, row: jax.Array) -> Summands:
+    return module.summands(row)
 
 
 def checkpoint_slots(config: ModelConfig, *, num_shards: int = 1, shard: int = 0) -> dict[str, TensorSlot]:

@@ -32,7 +32,7 @@ def test_summands_of_one_row_add_up_to_its_product(inputs: int, dtype: str) -> N
     rng = np.random.RandomState(0)
     x = jnp.asarray(rng.randn(1, inputs), jnp.bfloat16)
     weight = jnp.asarray(rng.randint(-127, 128, (24, inputs)), dtype)
-    terms = jax.jit(summands)(x, weight)
+    terms = jax.jit(summands)(x[0].astype(jnp.float32), weight)
     assert terms.size * 2 <= weight.size
     expected = np.asarray(weight, np.float64) @ np.asarray(x[0], np.float64)
     np.testing.assert_allclose(np.asarray(terms, np.float64).sum(axis=(1, 2)), expected, rtol=1e-4, atol=1e-2)
@@ -43,15 +43,19 @@ def test_only_one_row_of_16_bits_is_summed_up() -> None:
     assert sums_up(jnp.zeros((1, 96), jnp.bfloat16), weight)
     assert not sums_up(jnp.zeros((2, 96), jnp.bfloat16), weight)
     assert not sums_up(jnp.zeros((1, 96), jnp.float32), weight)
-    assert not sums_up(jnp.zeros((1, 80), jnp.bfloat16), weight[:, :80])
+    assert not sums_up(jnp.zeros((1, 88), jnp.bfloat16), weight[:, :88])
 
 
-def test_one_row_beside_int8_weights_is_not_rounded() -> None:
+@pytest.mark.parametrize("fine", [False, True])
+def test_one_row_beside_int8_weights_is_what_it_is_among_others(fine: bool) -> None:
     rng = np.random.RandomState(0)
-    x, weight = jnp.asarray(rng.randn(1, 96), jnp.bfloat16), rng.randint(-127, 128, (40, 96))
-    scale = rng.rand(40).astype(np.float32)
-    out = matmul_int8(x, jnp.asarray(weight, jnp.int8), jnp.asarray(scale))
-    np.testing.assert_allclose(out, np.asarray(x, np.float64) @ weight.T * scale, rtol=1e-5, atol=1e-4)
+    x, weight = (
+        jnp.asarray(rng.randn(2, 96), jnp.bfloat16),
+        jnp.asarray(rng.randint(-127, 128, (40, 96)), jnp.int8),
+    )
+    scale = jnp.asarray(rng.rand(40), jnp.float32)
+    alone, both = (matmul_int8(rows, weight, scale, fine=fine) for rows in (x[:1], x))
+    np.testing.assert_allclose(alone[0], both[0], rtol=1e-5, atol=1e-4)
 
 
 @pytest.mark.parametrize("columns", [[0], [5], [0, 5]])
