@@ -2,7 +2,7 @@
 
 FlashAttention's online softmax (Dao et al. 2022, algorithm 1) over chunks of tokens. The loops' trip
 counts are data, so that one program serves every context length and costs what the batch at hand needs:
-single tokens are taken TOKEN_GROUP at a time up to the longest context among them, longer rows in tiles of
+single tokens are taken in groups up to the longest context in each, longer rows in tiles of
 QUERY_TILE tokens up to their own end; behind a long context two at a time, because larger products are faster. A chunk
 that is masked out whole changes no bit of the result, so a token's result does not depend on other rows; on how its own
 row is cut into steps it depends as far as rounding goes, since it decides which products a token is in.
@@ -26,7 +26,8 @@ from jaxserve.kernels.reference import QuantizedPool, quantize_kv
 Pool = jax.Array | QuantizedPool
 
 TOKEN_GROUP = 16
-GROUP_CHUNK = 64  # tokens of K and V at a time; of TOKEN_GROUP contexts they should stay in the L2 cache
+LARGE_TOKEN_GROUP = 32  # faster if it gets full, as in batches of 33 to 64 tokens, most of which decode
+GROUP_CHUNK = 64  # tokens of K and V at a time
 TILE_CHUNK = 128  # of one context, for every tile
 LONG_CONTEXT = 256  # behind fewer tokens, the chunks of two tiles are mostly masked out
 MASKED = -1e30  # finite, so that a row without any context gives 0 and no NaN
@@ -145,7 +146,7 @@ def paged_attention(
     _, _, K, size = pool.shape
     B, M = size // D, metadata.block_tables.shape[1]
     G = H // K
-    group = min(TOKEN_GROUP, T)
+    group = min(LARGE_TOKEN_GROUP if T in (32, 64) else TOKEN_GROUP, T)
     # rows of (block, k-or-v, head): a gather brings [.., K, blocks, …], of which only keys of several blocks need a
     # transpose
     key_rows, value_rows = pool.reshape(-1, D, B), pool.reshape(-1, B, D)

@@ -125,6 +125,8 @@ CASES = {
     "one prompt": ([(0, 200)], 256),
     "chunk behind a context": ([(300, 150)], 256),
     "mixed": ([(99, 1), (33, 1), (0, 70), (150, 65), (7, 3)], 256),
+    "more decoding than one group": ([(7 * i % 90, 1) for i in range(41)], 64),
+    "no whole number of large groups": ([(7 * i % 90, 1) for i in range(41)], 48),
     "two tiles at a time and one": ([(300, 70), (256, 66), (270, 40), (255, 70)], 256),
 }
 

@@ -26,6 +26,7 @@ from jaxserve.models.loader import TensorSlot, load_params, open_checkpoint
 from jaxserve.sharding import SHARDED, DeviceGroup, TensorParallel, VocabShard, shard_config
 from tests.tensor_parallel_worker import CASES, NUM_REQUESTS, case_name
 from tests.tiny_llama import tiny_config, tiny_weights, write_tiny_model
+from tests.two_devices_worker import PARTS
 
 Array = npt.NDArray[Any]
 Results = dict[str, list[dict[str, Any]]]
@@ -61,6 +62,28 @@ def test_tokens_and_logprobs_are_those_of_one_device(
 def test_the_requests_differ_from_each_other(results: Results) -> None:
     for outcome in results.values():
         assert len({str(request["tokens"]) for request in outcome}) > 0.9 * len(outcome)
+
+
+@pytest.fixture(scope="module")
+def parts() -> dict[str, list[Any]]:
+    """What parts of a step gave on one device and on two."""
+    root = Path(__file__).parents[1]
+    output = subprocess.check_output(
+        [sys.executable, "-m", "tests.two_devices_worker"],
+        cwd=root,
+        env=os.environ | {"PYTHONPATH": str(root)},
+        timeout=120,
+    )
+    parsed: dict[str, list[Any]] = json.loads(output)
+    return parsed
+
+
+@pytest.mark.heavy
+@pytest.mark.parametrize("part", PARTS)
+def test_a_part_of_a_step_is_what_it_is_on_one_device(parts: dict[str, list[Any]], part: str) -> None:
+    one, two = (np.array(values) for values in parts[part])
+    assert len(np.unique(one)) > 10
+    np.testing.assert_allclose(two, one, rtol=1e-5, atol=1e-4)
 
 
 # --- what each device gets ---------------------------------------------------------------------------------
