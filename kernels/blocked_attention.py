@@ -256,7 +256,8 @@ def paged_attention(
     if metadata.tiles.shape[0] == 0:
         return lax.fori_loop(0, num_groups, token_group, jnp.zeros_like(queries))
     # where there are two, the first is full: they reach no further past the end than one
-    padded_queries = jnp.pad(queries, ((0, QUERY_TILE), (0, 0), (0, 0)))
+    padding = max(QUERY_TILE, 2 * QUERY_TILE - T)
+    padded_queries = jnp.pad(queries, ((0, padding), (0, 0), (0, 0)))
     tile_rows = jnp.pad(metadata.tiles[:, 0], (0, 1))
     out = lax.fori_loop(0, num_groups, token_group, jnp.zeros_like(padded_queries))
     return lax.while_loop(lambda carry: carry[0] < metadata.num_tiles, next_tiles, (jnp.int32(0), out))[1][:T]
