@@ -98,7 +98,7 @@ Step = Callable[[list[jax.Array], Pools, SlotTables, jax.Array], tuple[StepOutpu
 """(parameter leaves, pools to donate, slot tables, packed inputs int32 [layout.size]) → (outputs, pools)."""
 
 PROMPT_GROUP = 64  # tokens of a prompt whose logits exist at a time
-UNROLLED_PROMPT_GROUP = 512  # a branch each, which takes seconds to compile
+UNROLLED_PROMPT_GROUP = 512  # each is a branch, which takes seconds to compile, so there are few
 FEWEST_ROWS = 8  # whose logits are computed by a product of their own
 
 Carry = TypeVar("Carry")

@@ -26,7 +26,8 @@ from jaxserve.kernels.reference import QuantizedPool, quantize_kv
 Pool = jax.Array | QuantizedPool
 
 TOKEN_GROUP = 16
-LARGE_TOKEN_GROUP = 32  # faster if it gets full, as in batches of 33 to 64 tokens, most of which decode
+LARGE_TOKEN_GROUP = 32  # faster if it gets full
+DECODING_BATCHES = (32, 64)  # sizes of which most tokens decode, each a multiple of the large group
 GROUP_CHUNK = 64  # tokens of K and V at a time
 TILE_CHUNK = 128  # of one context, for every tile
 LONG_CONTEXT = 256  # behind fewer tokens, the chunks of two tiles are mostly masked out
@@ -146,7 +147,7 @@ def paged_attention(
     _, _, K, size = pool.shape
     B, M = size // D, metadata.block_tables.shape[1]
     G = H // K
-    group = min(LARGE_TOKEN_GROUP if T in (32, 64) else TOKEN_GROUP, T)
+    group = min(LARGE_TOKEN_GROUP if T in DECODING_BATCHES else TOKEN_GROUP, T)
     # rows of (block, k-or-v, head): a gather brings [.., K, blocks, …], of which only keys of several blocks need a
     # transpose
     key_rows, value_rows = pool.reshape(-1, D, B), pool.reshape(-1, B, D)
@@ -173,7 +174,8 @@ def paged_attention(
     def attend(
         q: jax.Array, block_rows: jax.Array, q_positions: jax.Array, lens: jax.Array, *, num_tiles: int = 0
     ) -> jax.Array:
-        """q [R, K, Q, D] with positions [R, Q], block_rows [R, M], lens [R] → [R, K, Q, D] float32."""
+        """q [R, K, Q, D] with positions [R, Q], block_rows [R, M], lens [R] → [R, K, Q, D] float32. num_tiles: 0 for
+        single tokens."""
         R, _, Q, _ = q.shape
         blocks_per_chunk = max(1, min((TILE_CHUNK * num_tiles or GROUP_CHUNK) // B, M))
         chunk = blocks_per_chunk * B
@@ -224,7 +226,7 @@ def paged_attention(
         return _update(out, result.reshape(group, H, D), first)
 
     def tiles(i: jax.Array, out: jax.Array, num_tiles: int) -> jax.Array:
-        """The i-th and those behind it, of the same row."""
+        """The i-th and those behind it, of the same row, into out [T + padding, H, D]."""
         size = num_tiles * QUERY_TILE
         row, first = _slice(metadata.tiles, i, 1)[0]
         position = _item(metadata.positions, first)
@@ -255,7 +257,8 @@ def paged_attention(
     num_groups = _ceil_div(metadata.num_single_tokens, group)
     if metadata.tiles.shape[0] == 0:
         return lax.fori_loop(0, num_groups, token_group, jnp.zeros_like(queries))
-    # where there are two, the first is full: they reach no further past the end than one
+    # where there are two, the first is full: they reach no further past the end than one. In a batch of fewer tokens
+    # there never are two, but their slice must fit all the same.
     padding = max(QUERY_TILE, 2 * QUERY_TILE - T)
     padded_queries = jnp.pad(queries, ((0, padding), (0, 0), (0, 0)))
     tile_rows = jnp.pad(metadata.tiles[:, 0], (0, 1))

@@ -43,10 +43,15 @@ def test_each_token_that_is_asked_for_is_rated(count: int, unroll: bool) -> None
             model, jnp.asarray(hidden), inputs, VocabShard(VOCAB, ONE_CHIP), MAX_LOGPROBS, unroll=unroll
         )
 
-    rated = np.array(jax.jit(rate)(inputs))[:count]
+    out = np.array(jax.jit(rate)(inputs))
+    group = UNROLLED_PROMPT_GROUP if unroll else PROMPT_GROUP
+    assert not out[-(-count // group) * group :].any()
+    rated = out[:count]
     logits = (hidden @ table.T)[tokens[:count]].astype(np.float64)
     logprobs = logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
     expected = logprobs[np.arange(count), targets[:count]]
     np.testing.assert_allclose(rated[:, 0].view(np.float32), expected, atol=1e-4)
     np.testing.assert_array_equal(rated[:, 1], 1 + (logprobs > expected[:, None]).sum(axis=1))
     np.testing.assert_array_equal(rated[:, 2 : 2 + MAX_LOGPROBS], np.argsort(-logprobs)[:, :MAX_LOGPROBS])
+    likeliest = np.ascontiguousarray(rated[:, 2 + MAX_LOGPROBS :]).view(np.float32)
+    np.testing.assert_allclose(likeliest, -np.sort(-logprobs)[:, :MAX_LOGPROBS], atol=1e-4)

@@ -43,7 +43,7 @@ def one_row(devices: Any, rng: Any, *, quantized: bool) -> tuple[Any, list[Any],
     import numpy as np
     from flax import nnx
 
-    from jaxserve.models.layers import Linear, quantize_rows, sums_up
+    from jaxserve.models.layers import Linear, quantize_rows, uses_partial_sums
 
     group, inputs, outputs = devices.group, 192, 24
     row = rng.randn(inputs).astype(np.float32)
@@ -66,10 +66,10 @@ def one_row(devices: Any, rng: Any, *, quantized: bool) -> tuple[Any, list[Any],
         if quantized:
             linear.scale = nnx.Param(jnp.full(outputs, 0.5))
         x = row[None]
-        assert sums_up(x, weight)
+        assert uses_partial_sums(x, weight)
         rows = quantize_rows(x, group, fine=True) if quantized else x
         steps = rows.steps() if quantized else x.astype(jnp.float32)  # type: ignore[union-attr]
-        return jnp.stack([linear.add_up(linear.summands(steps[0]), rows), linear(x)])
+        return jnp.stack([linear.add_up(linear.partial_sums(steps[0]), rows), linear(x)])
 
     dtype = "int8" if quantized else "bfloat16"
     return step, [jnp.asarray(row, jnp.bfloat16), jnp.asarray(weights, dtype)], []
@@ -103,9 +103,12 @@ def ratings(devices: Any, rng: Any, *, unroll: bool) -> tuple[Any, list[Any], li
 
         model: Any = Model()
         rated = _prompt_logprobs(model, hidden, inputs, vocab, MAX_LOGPROBS, unroll=unroll)[: NUM_TOKENS - 1]
-        # of bits of floats only how much they are says something
-        logprobs = jax.lax.bitcast_convert_type(rated[:, :1], jnp.float32)
-        return jnp.concatenate([logprobs, rated[:, 1 : 2 + MAX_LOGPROBS].astype(jnp.float32)], axis=1)
+        ids = 2 + MAX_LOGPROBS
+        # logprobs are returned as bits; compare them as numbers
+        logprobs = jax.lax.bitcast_convert_type(
+            jnp.concatenate([rated[:, :1], rated[:, ids:]], axis=1), jnp.float32
+        )
+        return jnp.concatenate([logprobs, rated[:, 1:ids].astype(jnp.float32)], axis=1)
 
     return step, [jnp.asarray(table)], [hidden, inputs]
 

@@ -5,10 +5,10 @@ form fastest, and nothing needs a transpose while loading. Products accumulate i
 bfloat16 result directly makes XLA:CPU fall off its fast path (12 × slower for the output layer).
 
 Quantized weights are int8 with one scale per output channel. Their inputs are quantized as they come, with one scale
-per row, so that a row's result depends on no other; sums of int32 are exact in any order.
+per row, so that a row's result depends on no other; sums of int32 are exact in any order (one row on a CPU: float32).
 
-A CPU computes one row of 16 bits as sums, of which reading the weights takes most of the time; what XLA's library makes
-of the same, be it a product or a sum, takes twice as long. Two kernels share the work: in `summands`, which LLVM turns
+One row of 16 bits is bound by reading the weights; what XLA:CPU's library makes of it, be it a product or a sum, takes
+twice as long. Two kernels share the work: in `partial_sums`, which LLVM turns
 into vectors, each of LANES neighbouring columns is added to those that are a multiple of LANES further on; what is left
 of an output is added up behind it. Fused they would add one element after the other.
 """
@@ -30,7 +30,7 @@ from jaxserve.sharding import ONE_CHIP, TensorParallel, VocabShard
 LayerIndex = int | jax.Array
 
 LANES = 16  # neighbouring columns that go into different sums
-MAX_TERMS = 20  # in one sum
+MAX_TERMS = 20  # of a partial sum
 # XLA fuses nothing into 16 others, but makes an array of it first: so a weight is taken as two arrays of the same bits.
 # And slices of bfloat16 XLA:CPU rounds once more, of integers it does not.
 VIEWS = {"bfloat16": (jnp.uint16, jnp.int16), "int8": (jnp.int8, jnp.uint8)}
@@ -54,11 +54,11 @@ class QuantizedRows(NamedTuple):
         return values if self.rests is None else values + self.rests.astype(jnp.float32) / REST_STEPS
 
 
-class Summands(NamedTuple):
-    """One row of a product in parts: terms [out, n, LANES] float32, to be added up for each output, and, if there are,
+class PartialSums(NamedTuple):
+    """One row of a product in parts: sums [out, n, LANES] float32, to be added up for each output, and, if there are,
     scale [out] float32 and bias [out]."""
 
-    terms: jax.Array
+    sums: jax.Array
     scale: jax.Array | None
     bias: jax.Array | None
 
@@ -82,9 +82,10 @@ def matmul_int8(
     fine: bool = False,
 ) -> jax.Array:
     """x [T, in] · (weight [out, in] int8 · scale [out]) → [T, out] float32; `in` may be spread over the chips of a
-    group, whose sums are added up while they are integers, so that several chips give what one gives."""
+    group, whose sums are added up while they are integers, so that several chips give what one gives; of one row on a
+    CPU they are float32, equal up to rounding."""
     values, scales, rests = rows = x if isinstance(x, QuantizedRows) else quantize_rows(x, group, fine=fine)
-    if not isinstance(x, QuantizedRows) and sums_up(x, weight):
+    if not isinstance(x, QuantizedRows) and uses_partial_sums(x, weight):
         return group.sum(_added_up(rows.steps()[0], weight))[None] * (scales * scale)
     T = values.shape[0]
     if rests is not None:  # rows of the same product, so that the weights are read once
@@ -100,7 +101,7 @@ def matmul_int8(
 
 def matmul(x: jax.Array, weight: jax.Array) -> jax.Array:
     """x [T, in] · weight [out, in] → [T, out] float32."""
-    if sums_up(x, weight):
+    if uses_partial_sums(x, weight):
         return _added_up(x[0].astype(jnp.float32), weight)[None]
     precision = lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
     on_cpu = current_platform() == "cpu"
@@ -113,28 +114,29 @@ def matmul(x: jax.Array, weight: jax.Array) -> jax.Array:
     return lax.dot_general(x, weight, CONTRACT_LAST, precision, preferred_element_type=jnp.float32)
 
 
-def sums_up(x: jax.Array, weight: jax.Array) -> bool:
-    """Whether this product is made of `summands`."""
+def uses_partial_sums(x: jax.Array, weight: jax.Array) -> bool:
+    """Whether this product is made of `partial_sums`."""
     one_row = x.shape[0] == 1 and x.dtype != jnp.float32
     return one_row and _num_terms(weight) > 0 and current_platform() == "cpu"
 
 
 def _added_up(row: jax.Array, weight: jax.Array) -> jax.Array:
     """row [in] float32 · weight [out, in] → [out] float32."""
-    terms = jax.eval_shape(summands, row, weight)
+    sums = jax.eval_shape(partial_sums, row, weight)
     # What a branch returns is not fused with what takes it, and that is all the branch is for: where one input is NaN,
     # every output is.
-    nothing = partial(jnp.full, terms.shape, jnp.nan, terms.dtype)
-    return jnp.sum(lax.cond(jnp.isnan(row[0]), nothing, partial(summands, row, weight)), axis=(1, 2))
+    nothing = partial(jnp.full, sums.shape, jnp.nan, sums.dtype)
+    return jnp.sum(lax.cond(jnp.isnan(row[0]), nothing, partial(partial_sums, row, weight)), axis=(1, 2))
 
 
-def summands(row: jax.Array, weight: jax.Array) -> jax.Array:
-    """row [in] float32 · weight [out, in] → [out, n, LANES] float32; the product is their sum for each output."""
+def partial_sums(row: jax.Array, weight: jax.Array) -> jax.Array:
+    """row [in] float32 · weight [out, in] → [out, n, LANES] float32, n = in / (terms of a sum · LANES); the product is
+    their sum for each output."""
     outputs, num_terms = len(weight), _num_terms(weight)
     row = row.reshape(-1, num_terms, LANES)
     views = [
         lax.bitcast_convert_type(weight, dtype).reshape(outputs, -1, num_terms, LANES)
-        for dtype in VIEWS.get(weight.dtype.name, (weight.dtype,))
+        for dtype in _view_dtypes(weight)
     ]
     terms = (_float32(views[i % len(views)][:, :, i]) * row[:, i] for i in range(num_terms))
     return reduce(jnp.add, terms)
@@ -148,9 +150,13 @@ def _float32(x: jax.Array) -> jax.Array:
     return (x.astype(jnp.int8) if x.dtype == jnp.uint8 else x).astype(jnp.float32)
 
 
+def _view_dtypes(weight: jax.Array) -> tuple[jnp.dtype, ...]:
+    return tuple(jnp.dtype(dtype) for dtype in VIEWS.get(weight.dtype.name, (weight.dtype,)))
+
+
 def _num_terms(weight: jax.Array) -> int:
-    """Into how many terms its inputs divide; 0 if they do not."""
-    most = min(MAX_TERMS, MAX_TERMS_OF_VIEW * len(VIEWS.get(weight.dtype.name, "1")))
+    """Of a partial sum, as many as its inputs divide into; 0 if they do not."""
+    most = min(MAX_TERMS, MAX_TERMS_OF_VIEW * len(_view_dtypes(weight)))
     return max((n for n in range(2, most + 1) if weight.shape[1] % (n * LANES) == 0), default=0)
 
 
@@ -191,15 +197,15 @@ class Linear(nnx.Module):
             out += self.bias[...].astype(jnp.float32)
         return out
 
-    def summands(self, row: jax.Array) -> Summands:
-        """What of one row's product reads the parameters, where it `sums_up`: row [in] float32; quantized, its
-        `steps`."""
+    def partial_sums(self, row: jax.Array) -> PartialSums:
+        """What of one row's product reads the parameters, where it `uses_partial_sums`; row [in] float32, if quantized
+        its `steps`."""
         scale, bias = (None if p is None else p[...] for p in (self.scale, self.bias))
-        return Summands(summands(row, self.weight[...]), scale, bias)
+        return PartialSums(partial_sums(row, self.weight[...]), scale, bias)
 
-    def add_up(self, parts: Summands, x: jax.Array | QuantizedRows) -> jax.Array:
+    def add_up(self, parts: PartialSums, x: jax.Array | QuantizedRows) -> jax.Array:
         """The rest of it: [1, out] float32."""
-        out = self.summed_over.sum(jnp.sum(parts.terms, axis=(1, 2)))
+        out = self.summed_over.sum(jnp.sum(parts.sums, axis=(1, 2)))
         if isinstance(x, QuantizedRows) and parts.scale is not None:
             out *= x.scales[0] * parts.scale
         if parts.bias is not None:

@@ -24,12 +24,12 @@ from jaxserve.models.layers import (
     Embedding,
     LayerIndex,
     Linear,
+    PartialSums,
     QuantizedRows,
     RMSNorm,
-    Summands,
     quantize_rows,
     rotary_embedding,
-    sums_up,
+    uses_partial_sums,
 )
 from jaxserve.models.loader import Part, TensorSlot
 from jaxserve.models.rope import rope_frequencies
@@ -210,9 +210,9 @@ class Llama(nnx.Module):
         first = part(self.layers[0])
         if first.scale is not None:
             inputs = quantize_rows(x, first.summed_over, fine=first.fine)  # once, not in every branch
-        if sums_up(x, first.weight[...]):
+        if uses_partial_sums(x, first.weight[...]):
             row = (inputs.steps() if isinstance(inputs, QuantizedRows) else inputs.astype(jnp.float32))[0]
-            parts = lax.switch(layer, [partial(_summands, part(module)) for module in self.layers], row)
+            parts = lax.switch(layer, [partial(_partial_sums, part(module)) for module in self.layers], row)
             return first.add_up(parts, inputs)
         # functions, not modules: JAX names each branch, and of a module it would print all of it
         out: jax.Array = lax.switch(layer, [partial(_call, part(module)) for module in self.layers], inputs)
@@ -227,8 +227,8 @@ def _call(module: Linear, x: jax.Array | QuantizedRows) -> jax.Array:
     return module(x)
 
 
-def _summands(module: Linear, row: jax.Array) -> Summands:
-    return module.summands(row)
+def _partial_sums(module: Linear, row: jax.Array) -> PartialSums:
+    return module.partial_sums(row)
 
 
 def checkpoint_slots(config: ModelConfig, *, num_shards: int = 1, shard: int = 0) -> dict[str, TensorSlot]:

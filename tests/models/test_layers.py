@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxserve.models.layers import matmul, matmul_int8, summands, sums_up
+from jaxserve.models.layers import matmul, matmul_int8, partial_sums, uses_partial_sums
 
 
 @pytest.mark.parametrize("rows", [1, 2, 15, 16, 64, 65])
@@ -28,22 +28,22 @@ def test_a_product_is_the_same_however_it_is_computed(
 
 @pytest.mark.parametrize("inputs", [64, 96, 576, 1536, 2048, 4096])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "int8"])
-def test_summands_of_one_row_add_up_to_its_product(inputs: int, dtype: str) -> None:
+def test_partial_sums_of_one_row_add_up_to_its_product(inputs: int, dtype: str) -> None:
     rng = np.random.RandomState(0)
     x = jnp.asarray(rng.randn(1, inputs), jnp.bfloat16)
     weight = jnp.asarray(rng.randint(-127, 128, (24, inputs)), dtype)
-    terms = jax.jit(summands)(x[0].astype(jnp.float32), weight)
-    assert terms.size * 2 <= weight.size
+    sums = jax.jit(partial_sums)(x[0].astype(jnp.float32), weight)
+    assert sums.size * 2 <= weight.size
     expected = np.asarray(weight, np.float64) @ np.asarray(x[0], np.float64)
-    np.testing.assert_allclose(np.asarray(terms, np.float64).sum(axis=(1, 2)), expected, rtol=1e-4, atol=1e-2)
+    np.testing.assert_allclose(np.asarray(sums, np.float64).sum(axis=(1, 2)), expected, rtol=1e-4, atol=1e-2)
 
 
 def test_only_one_row_of_16_bits_is_summed_up() -> None:
     weight = jnp.zeros((8, 96), jnp.bfloat16)
-    assert sums_up(jnp.zeros((1, 96), jnp.bfloat16), weight)
-    assert not sums_up(jnp.zeros((2, 96), jnp.bfloat16), weight)
-    assert not sums_up(jnp.zeros((1, 96), jnp.float32), weight)
-    assert not sums_up(jnp.zeros((1, 88), jnp.bfloat16), weight[:, :88])
+    assert uses_partial_sums(jnp.zeros((1, 96), jnp.bfloat16), weight)
+    assert not uses_partial_sums(jnp.zeros((2, 96), jnp.bfloat16), weight)
+    assert not uses_partial_sums(jnp.zeros((1, 96), jnp.float32), weight)
+    assert not uses_partial_sums(jnp.zeros((1, 88), jnp.bfloat16), weight[:, :88])
 
 
 @pytest.mark.parametrize("fine", [False, True])
