@@ -71,6 +71,7 @@ def test_every_variant_of_the_configuration_equals_transformers(variant: str, tm
     assert greedy(runner, [s[:-24] for s in sequences], 24) == [s[-24:] for s in sequences]
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize(
     ("variant", "quantization", "most"),
     [("untied", "none", 0.02), ("attention bias", "none", 0.02), ("mlp bias", "int8", 0.05)],
