@@ -217,7 +217,8 @@ def _prompt_logprobs(
     *,
     unroll: bool,
 ) -> jax.Array:
-    """[T, 2 + 2 · L]; how likely each of `prompt_targets` was. A few tokens at a time: never [T, V]."""
+    """[T, 2 + 2 · L]; how likely each of `prompt_targets` was. The logits of one group of tokens exist at a time. With
+    `unroll` groups are larger, and each is a branch instead of a turn of a loop."""
     targets, tokens = inputs["prompt_targets"], inputs["prompt_tokens"]
     T = targets.shape[0]
     out = jnp.zeros((T, 2 + 2 * max_logprobs), jnp.int32)

@@ -8,9 +8,9 @@ Quantized weights are int8 with one scale per output channel. Their inputs are q
 per row, so that a row's result depends on no other; sums of int32 are exact in any order (one row on a CPU: float32).
 
 One row of 16 bits is bound by reading the weights; what XLA:CPU's library makes of it, be it a product or a sum, takes
-twice as long. Two kernels share the work: in `partial_sums`, which LLVM turns
-into vectors, each of LANES neighbouring columns is added to those that are a multiple of LANES further on; what is left
-of an output is added up behind it. Fused they would add one element after the other.
+twice as long. Two kernels share the work: in `partial_sums`, which LLVM turns into vectors, each of LANES neighbouring
+columns is added to those that are a multiple of LANES further on; what is left of an output is added up behind it.
+Fused they would add one element after the other.
 """
 
 from __future__ import annotations
