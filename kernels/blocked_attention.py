@@ -3,7 +3,7 @@
 FlashAttention's online softmax (Dao et al. 2022, algorithm 1) over chunks of tokens. The loops' trip
 counts are data, so that one program serves every context length and costs what the batch at hand needs:
 single tokens are taken in groups up to the longest context in each, longer rows in tiles of
-QUERY_TILE tokens up to their own end; behind a long context two at a time, because larger products are faster. A chunk
+QUERY_TILE tokens up to their own end, one, two or four at a time, because larger products are faster. A chunk
 that is masked out whole changes no bit of the result, so a token's result does not depend on other rows; on how its own
 row is cut into steps it depends as far as rounding goes, since it decides which products a token is in.
 
@@ -14,7 +14,9 @@ rest of it.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -29,9 +31,22 @@ TOKEN_GROUP = 16
 LARGE_TOKEN_GROUP = 32  # faster if it gets full
 DECODING_BATCHES = (32, 64)  # sizes of which most tokens decode, each a multiple of the large group
 GROUP_CHUNK = 64  # tokens of K and V at a time
-TILE_CHUNK = 128  # of one context, for every tile
-LONG_CONTEXT = 256  # behind fewer tokens, the chunks of two tiles are mostly masked out
+# tiles of a row that are attended at once → tokens of context at a time: of what all of them see, and of the rest
+TILE_CHUNKS = {1: (512, 128), 2: (512, 128), 4: (512, 256)}
 MASKED = -1e30  # finite, so that a row without any context gives 0 and no NaN
+LOG2_E = math.log2(math.e)
+# 2^x for |x| ≤ 1/2 as a polynomial, lowest power first: least squares of (2^x − 1) / x, so that 2^0 is 1. Relative
+# errors: 3.7e-6, which is nothing beside what 16 bits round, and 2e-9.
+EXP2_16_BITS = (1.0, 0.6931210932891191, 0.24022228492875905, 0.055921747732396276, 0.009672155872803723)
+EXP2_32_BITS = (
+    1.0,
+    0.693147180559945,
+    0.2402265069591007,
+    0.05550410866482158,
+    0.009618129107628477,
+    0.0013333558146428443,
+    0.00015403530393381608,
+)
 # XLA:CPU widens every update of an array of small floats to float32, the whole array with it; integers stay as they
 # are. So a pool may hold the bits: which floats they are follows from the integer.
 BITS = {"bfloat16": jnp.uint16, "float16": jnp.int16, "float8_e4m3fn": jnp.uint8}
@@ -141,78 +156,13 @@ def paged_attention(
         [T, H, D] in the queries' dtype.
     """
     T, H, D = queries.shape
-    pool = kv_pool.values if isinstance(kv_pool, QuantizedPool) else kv_pool
-    scales = kv_pool.scales if isinstance(kv_pool, QuantizedPool) else None
-    dtype = kv_dtype(pool.dtype)
-    _, _, K, size = pool.shape
-    B, M = size // D, metadata.block_tables.shape[1]
+    context = _Context.of(kv_pool, queries, scale, sliding_window)
+    K, B, M = context.num_kv_heads, context.block_size, metadata.block_tables.shape[1]
     G = H // K
     group = min(LARGE_TOKEN_GROUP if T in DECODING_BATCHES else TOKEN_GROUP, T)
-    # rows of (block, k-or-v, head): a gather brings [.., K, blocks, …], of which only keys of several blocks need a
-    # transpose
-    key_rows, value_rows = pool.reshape(-1, D, B), pool.reshape(-1, B, D)
-    scale_rows = None if scales is None else scales.reshape(-1, B)
-    heads = jnp.arange(K, dtype=jnp.int32)
     # a chunk may begin with a table's last block
-    tables = jnp.pad(metadata.block_tables, ((0, 0), (0, max(1, 2 * TILE_CHUNK // B) - 1)))
-    # 8-bit numbers are exact in every float of 16 bits
-    tile_dtype = queries.dtype if scales is not None else jnp.promote_types(queries.dtype, dtype)
-    precision = lax.Precision.HIGHEST if tile_dtype == jnp.float32 else None
-
-    def gather(index: jax.Array, *, tiled: bool) -> tuple[jax.Array, jax.Array]:
-        """Rows of keys [R, K, blocks] → keys [R, K, D, C] and values [R, K, C, D]."""
-        R, K, num_blocks = index.shape
-        keys, values = _take(key_rows, index), _take(value_rows, index + K)
-        if num_blocks > 1:
-            keys = keys.transpose(0, 1, 3, 2, 4)
-        # few rows a product: XLA:CPU is faster in float32 there
-        keys, values = (
-            reinterpret(x, dtype).astype(tile_dtype if tiled else jnp.float32) for x in (keys, values)
-        )
-        return keys.reshape(R, K, D, num_blocks * B), values.reshape(R, K, num_blocks * B, D)
-
-    def attend(
-        q: jax.Array, block_rows: jax.Array, q_positions: jax.Array, lens: jax.Array, *, num_tiles: int = 0
-    ) -> jax.Array:
-        """q [R, K, Q, D] with positions [R, Q], block_rows [R, M], lens [R] → [R, K, Q, D] float32. num_tiles: 0 for
-        single tokens."""
-        R, _, Q, _ = q.shape
-        blocks_per_chunk = max(1, min((TILE_CHUNK * num_tiles or GROUP_CHUNK) // B, M))
-        chunk = blocks_per_chunk * B
-        last_chunk = _ceil_div(jnp.max(lens), chunk)
-        first_chunk = jnp.int32(0)
-        if sliding_window is not None:
-            oldest = jnp.min(jnp.where(lens > 0, q_positions[:, 0], jnp.iinfo(jnp.int32).max))
-            first_chunk = jnp.minimum(
-                lax.div(jnp.maximum(oldest - sliding_window + 1, 0), jnp.int32(chunk)), last_chunk
-            )
-
-        def body(c: jax.Array, carry: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, ...]:
-            peak, total, acc = carry
-            block_ids = _slice(block_rows, c * blocks_per_chunk, blocks_per_chunk, axis=1)
-            index = block_ids[:, None, :] * (2 * K) + heads[None, :, None]
-            keys, values = gather(index, tiled=num_tiles > 0)
-            scores = _product(q.astype(keys.dtype), keys, precision) * scale  # [R, K, Q, C]
-            if scale_rows is not None:
-                scores *= _take(scale_rows, index).reshape(R, K, 1, chunk)
-            kv_positions = c * chunk + jnp.arange(chunk, dtype=jnp.int32)
-            visible = (kv_positions <= q_positions[:, :, None]) & (kv_positions < lens[:, None, None])
-            if sliding_window is not None:
-                visible &= kv_positions > q_positions[:, :, None] - sliding_window
-            visible = jnp.broadcast_to(visible[:, None], scores.shape)
-            scores = lax.select(visible, scores, jnp.full_like(scores, MASKED))
-            new_peak = jnp.maximum(peak, jnp.max(scores, axis=-1))
-            rescale = jnp.exp(peak - new_peak)
-            weights = lax.select(visible, jnp.exp(scores - new_peak[..., None]), jnp.zeros_like(scores))
-            scaled = weights
-            if scale_rows is not None:
-                scaled *= _take(scale_rows, index + K).reshape(R, K, 1, chunk)
-            out = _product(scaled.astype(values.dtype), values, precision)
-            return new_peak, total * rescale + jnp.sum(weights, axis=-1), acc * rescale[..., None] + out
-
-        start = (jnp.full((R, K, Q), MASKED), jnp.zeros((R, K, Q)), jnp.zeros((R, K, Q, D)))
-        _, total, acc = lax.fori_loop(first_chunk, last_chunk, body, start)
-        return acc / jnp.maximum(total, 1e-30)[..., None]
+    longest_chunk = max(GROUP_CHUNK, *(chunk for chunks in TILE_CHUNKS.values() for chunk in chunks))
+    tables = jnp.pad(metadata.block_tables, ((0, 0), (0, max(1, longest_chunk // B) - 1)))
 
     def token_group(g: jax.Array, out: jax.Array) -> jax.Array:
         first = g * group
@@ -220,56 +170,290 @@ def paged_attention(
         single = first + jnp.arange(group, dtype=jnp.int32) < metadata.num_single_tokens
         q = _slice(queries, first, group).reshape(group, K, G, D)
         block_rows = _take(tables, _slice(metadata.token_rows, first, group))
-        q_positions = jnp.broadcast_to(positions[:, None], (group, G))
         lens = lax.select(single, positions + 1, jnp.zeros_like(positions))
-        result = attend(q, block_rows, q_positions, lens)
+        result = _attend_tokens(q, context, block_rows, lens, max_blocks=M)
         return _update(out, result.reshape(group, H, D), first)
 
     def tiles(i: jax.Array, out: jax.Array, num_tiles: int) -> jax.Array:
         """The i-th and those behind it, of the same row, into out [T + padding, H, D]."""
         size = num_tiles * QUERY_TILE
         row, first = _slice(metadata.tiles, i, 1)[0]
-        position = _item(metadata.positions, first)
         q = _slice(padded_queries, first, size)  # [size, H, D]
-        q = q.reshape(size, K, G, D).transpose(1, 2, 0, 3).reshape(1, K, G * size, D)
-        q_positions = jnp.tile(position + jnp.arange(size, dtype=jnp.int32), G)[None]
-        end = jnp.minimum(_slice(metadata.seq_lens, row, 1), position + size)
-        result = attend(q, _slice(tables, row, 1), q_positions, end, num_tiles=num_tiles)
+        q = q.reshape(size, K, G, D).transpose(1, 2, 0, 3).reshape(K, G * size, D)
+        table, position = _slice(tables, row, 1)[0], _item(metadata.positions, first)
+        result = _attend_tiles(q, context, table, position, num_tiles)
         result = result.reshape(K, G, size, D).transpose(2, 0, 1, 3).reshape(size, H, D)
-        return _update(
-            out, result, first
-        )  # what it writes past its row's end, the tiles behind it write again
+        # what it writes past its row's end, the tiles behind it write again
+        return _update(out, result, first)
+
+    # as many as a batch of T tokens can fill, and half as many: each size is something to compile
+    *fewer, most = [n for n in TILE_CHUNKS if n == 1 or n * QUERY_TILE <= T][-2:]
 
     def next_tiles(carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         i, out = carry
-        rows = _slice(tile_rows, i, 2)
-        behind = _item(metadata.positions, _slice(metadata.tiles, i, 1)[0, 1])
-        same_row = (i + 1 < metadata.num_tiles) & (rows[0] == rows[1])
-        two = (same_row & (behind >= LONG_CONTEXT)).astype(jnp.int32)
+        rows = _slice(tile_rows, i, most)
+        ahead = i + jnp.arange(most, dtype=jnp.int32)
+        left = jnp.sum(((rows == rows[0]) & (ahead < metadata.num_tiles)).astype(jnp.int32))
         # What branches return is copied, so these are loops of one turn or none. What did not depend on their own
         # number, which is 0, would be computed in any case.
-        out = lax.fori_loop(0, two, lambda zero, out: tiles(i + zero, out, 2), out)
-        out = lax.fori_loop(two, 1, lambda zero, out: tiles(i + zero, out, 1), out)
-        return i + 1 + two, out
+        many = (left > most // 2).astype(jnp.int32)
+        for n in fewer:
+            out = lax.fori_loop(0, 1 - many, lambda zero, out, n=n: tiles(i + zero, out, n), out)
+        out = lax.fori_loop(0, many, lambda zero, out: tiles(i + zero, out, most), out)
+        return i + left, out
 
     if group >= T:  # one group needs no loop, and loops are most of what there is to compile
-        return token_group(jnp.int32(0), jnp.zeros_like(queries))
+        return token_group(jnp.int32(0), jnp.zeros(queries.shape)).astype(queries.dtype)
     num_groups = _ceil_div(metadata.num_single_tokens, group)
     if metadata.tiles.shape[0] == 0:
-        return lax.fori_loop(0, num_groups, token_group, jnp.zeros_like(queries))
-    # where there are two, the first is full: they reach no further past the end than one. In a batch of fewer tokens
-    # there never are two, but their slice must fit all the same.
-    padding = max(QUERY_TILE, 2 * QUERY_TILE - T)
+        out = lax.fori_loop(0, num_groups, token_group, jnp.zeros(queries.shape))
+        return out.astype(queries.dtype)
+    # at least half of the tiles that are taken at once are there, but for one of two
+    padding = max(1, most // 2) * QUERY_TILE
     padded_queries = jnp.pad(queries, ((0, padding), (0, 0), (0, 0)))
-    tile_rows = jnp.pad(metadata.tiles[:, 0], (0, 1))
-    out = lax.fori_loop(0, num_groups, token_group, jnp.zeros_like(padded_queries))
-    return lax.while_loop(lambda carry: carry[0] < metadata.num_tiles, next_tiles, (jnp.int32(0), out))[1][:T]
+    tile_rows = jnp.pad(metadata.tiles[:, 0], (0, most - 1))
+    # float32: updates of anything smaller are updates of a copy
+    out = lax.fori_loop(0, num_groups, token_group, jnp.zeros(padded_queries.shape))
+    _, out = lax.while_loop(lambda carry: carry[0] < metadata.num_tiles, next_tiles, (jnp.int32(0), out))
+    return out[:T].astype(queries.dtype)
 
 
-def _product(a: jax.Array, b: jax.Array, precision: lax.Precision | None) -> jax.Array:
-    """[R, K, Q, X] · [R, K, X, Y] → [R, K, Q, Y] float32."""
-    dimensions = (((3,), (2,)), ((0, 1), (0, 1)))
-    return lax.dot_general(a, b, dimensions, precision, preferred_element_type=jnp.float32)
+class _Context(NamedTuple):
+    """How a call reads its pool, and what of it a token may see.
+
+    Attributes:
+        keys: [.., D, B] and values: [.., B, D]: each of (block, k-or-v, head), both of the same array.
+        scales: [.., B] of a QuantizedPool.
+        dtype: of the floats whose bits the pool holds.
+        tile_dtype: what tiles multiply in.
+    """
+
+    keys: jax.Array
+    values: jax.Array
+    scales: jax.Array | None
+    dtype: jnp.dtype
+    tile_dtype: jnp.dtype
+    num_kv_heads: int
+    scale: float
+    sliding_window: int | None
+
+    @classmethod
+    def of(cls, kv_pool: Pool, queries: jax.Array, scale: float, sliding_window: int | None) -> _Context:
+        pool = kv_pool.values if isinstance(kv_pool, QuantizedPool) else kv_pool
+        scales = kv_pool.scales if isinstance(kv_pool, QuantizedPool) else None
+        D = queries.shape[2]
+        dtype = kv_dtype(pool.dtype)
+        return cls(
+            keys=pool.reshape(-1, D, pool.shape[3] // D),
+            values=pool.reshape(-1, pool.shape[3] // D, D),
+            scales=None if scales is None else scales.reshape(-1, scales.shape[3]),
+            dtype=dtype,
+            # 8-bit numbers are exact in every float of 16 bits
+            tile_dtype=queries.dtype if scales is not None else jnp.promote_types(queries.dtype, dtype),
+            num_kv_heads=pool.shape[2],
+            scale=scale,
+            sliding_window=sliding_window,
+        )
+
+    @property
+    def block_size(self) -> int:
+        return self.values.shape[1]
+
+    def gather(self, blocks: jax.Array, heads: jax.Array | int, dtype: jnp.dtype) -> KV:
+        """Of blocks […, n] and heads that broadcast to them, with C = n · B tokens."""
+        index = blocks * (2 * self.num_kv_heads) + heads
+        *lead, n = index.shape
+        _, D, B = self.keys.shape
+        keys, values = _take(self.keys, index), _take(self.values, index + self.num_kv_heads)
+        if n > 1:
+            keys = keys.swapaxes(-3, -2)  # what makes them one chunk; values are as they lie
+        keys, values = (reinterpret(x, self.dtype).astype(dtype) for x in (keys, values))
+        keys, values = keys.reshape(*lead, D, n * B), values.reshape(*lead, n * B, D)
+        if self.scales is None:
+            return KV(keys, values, None, None)
+        key_scales, value_scales = (
+            _take(self.scales, i).reshape(*lead, 1, n * B) for i in (index, index + self.num_kv_heads)
+        )
+        return KV(keys, values, key_scales, value_scales)
+
+    def product(self, a: jax.Array, b: jax.Array) -> jax.Array:
+        """[…, Q, X] · […, X, Y] → […, Q, Y] float32."""
+        batch = tuple(range(a.ndim - 2))
+        dimensions = (((a.ndim - 1,), (a.ndim - 2,)), (batch, batch))
+        precision = lax.Precision.HIGHEST if self.tile_dtype == jnp.float32 else None
+        return lax.dot_general(a, b, dimensions, precision, preferred_element_type=jnp.float32)
+
+
+# of weights so far: the logarithm of the largest, their sum, and the sum of weighted values
+State = tuple[jax.Array, jax.Array, jax.Array]
+
+
+class KV(NamedTuple):
+    """Keys […, D, C] and values […, C, D] of a chunk, with scales […, 1, C] if they are quantized."""
+
+    keys: jax.Array
+    values: jax.Array
+    key_scales: jax.Array | None
+    value_scales: jax.Array | None
+
+
+def _attend_tokens(
+    q: jax.Array, context: _Context, block_rows: jax.Array, lens: jax.Array, *, max_blocks: int
+) -> jax.Array:
+    """q [R, K, G, D] of single tokens, each the last of lens [R], in blocks block_rows [R, ≥ max_blocks] → [R, K, G,
+    D] float32."""
+    R, K, G, D = q.shape
+    blocks_per_chunk = max(1, min(GROUP_CHUNK // context.block_size, max_blocks))
+    chunk = blocks_per_chunk * context.block_size
+    heads = jnp.arange(K, dtype=jnp.int32)[None, :, None]
+    window = context.sliding_window
+    last_chunk = _ceil_div(jnp.max(lens), chunk)
+    first_chunk = jnp.int32(0)
+    if window is not None:
+        shortest = jnp.min(jnp.where(lens > 0, lens, jnp.iinfo(jnp.int32).max))
+        first_chunk = jnp.minimum(lax.div(jnp.maximum(shortest - window, 0), jnp.int32(chunk)), last_chunk)
+
+    def body(c: jax.Array, carry: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, ...]:
+        peak, total, acc = carry
+        block_ids = _slice(block_rows, c * blocks_per_chunk, blocks_per_chunk, axis=1)
+        kv = context.gather(
+            block_ids[:, None], heads, jnp.dtype(jnp.float32)
+        )  # faster, with few rows a product
+        scores = context.product(q.astype(jnp.float32), kv.keys) * context.scale  # [R, K, G, C]
+        if kv.key_scales is not None:
+            scores *= kv.key_scales
+        kv_positions = c * chunk + jnp.arange(chunk, dtype=jnp.int32)
+        visible = kv_positions < lens[:, None]
+        if window is not None:
+            visible &= kv_positions >= lens[:, None] - window
+        visible = jnp.broadcast_to(visible[:, None, None], scores.shape)
+        scores = lax.select(visible, scores, jnp.full_like(scores, MASKED))
+        new_peak = jnp.maximum(peak, jnp.max(scores, axis=-1))
+        rescale = jnp.exp(peak - new_peak)
+        weights = lax.select(visible, jnp.exp(scores - new_peak[..., None]), jnp.zeros_like(scores))
+        scaled = weights if kv.value_scales is None else weights * kv.value_scales
+        out = context.product(scaled, kv.values)
+        return new_peak, total * rescale + jnp.sum(weights, axis=-1), acc * rescale[..., None] + out
+
+    start = (jnp.full((R, K, G), MASKED), jnp.zeros((R, K, G)), jnp.zeros((R, K, G, D)))
+    _, total, acc = lax.fori_loop(first_chunk, last_chunk, body, start)
+    return acc / jnp.maximum(total, 1e-30)[..., None]
+
+
+def _attend_tiles(
+    q: jax.Array, context: _Context, table: jax.Array, position: jax.Array, num_tiles: int
+) -> jax.Array:
+    """q [K, Q, D] of num_tiles tiles of one row, whose first token is at `position`, in blocks table [M] → [K, Q, D]
+    float32. Tokens behind the row's last see what lies there in the pool; nobody reads their results."""
+    K, Q, D = q.shape
+    tokens = num_tiles * QUERY_TILE
+    q_positions = jnp.tile(position + jnp.arange(tokens, dtype=jnp.int32), Q // tokens)
+    long, short = TILE_CHUNKS[num_tiles]
+    ratio, short = long // short, max(1, short // context.block_size) * context.block_size
+    window = context.sliding_window
+
+    def visible(kv_positions: jax.Array) -> jax.Array:
+        mask = kv_positions <= q_positions[:, None]
+        return mask if window is None else mask & (kv_positions > q_positions[:, None] - window)
+
+    states = _start(q)
+    if window is None:
+        num_long = lax.div(position + 1, jnp.int32(ratio * short))
+        states = lax.fori_loop(0, num_long, _chunks(q, context, table, ratio * short), states)
+        first = num_long * ratio
+    else:
+        first = lax.div(jnp.maximum(position - window + 1, 0), jnp.int32(short))
+    last = _ceil_div(position + tokens, short)
+    states = lax.fori_loop(first, last, _chunks(q, context, table, short, visible), states)
+    return jnp.stack([acc / jnp.maximum(total, 1e-30)[..., None] for _, total, acc in states]).reshape(
+        K, Q, D
+    )
+
+
+# Heads are independent of each other until all are done, so that XLA:CPU has work for several threads: its products
+# of this size use one, and of a kernel over three heads one thread would get two.
+
+
+def _parts(K: int) -> int:
+    """How many independent parts K heads are."""
+    return next(n for n in (3, 4, 5, 7, 2, 1) if K % n == 0)
+
+
+def _start(q: jax.Array) -> tuple[State, ...]:
+    """Of no context, for q [K, Q, D]: one state for each part of the heads."""
+    K, Q, D = q.shape
+    n = _parts(K)
+    shape = (Q,) if n == K else (K // n, Q)
+    # above MASKED, so that what is masked has no weight even if nothing was visible before
+    start = jnp.full(shape, MASKED / 2), jnp.zeros(shape), jnp.zeros((*shape, D))
+    return (start,) * n
+
+
+def _chunks(
+    q: jax.Array,
+    context: _Context,
+    table: jax.Array,
+    size: int,
+    visible: Callable[[jax.Array], jax.Array] | None = None,
+) -> Callable[[jax.Array, tuple[State, ...]], tuple[State, ...]]:
+    """The body of a loop over chunks of `size` tokens in blocks table [M], which q [K, Q, D] attend to.
+
+    Args:
+        visible: a mask [Q, C] for the chunk's positions [C]; without it all is visible.
+    """
+    K, n = len(q), _parts(len(q))
+    q = q.astype(context.tile_dtype)
+    num_blocks, factor = size // context.block_size, context.scale * LOG2_E
+    polynomial = EXP2_32_BITS if context.tile_dtype == jnp.float32 else EXP2_16_BITS
+
+    def attend(part: int, blocks: jax.Array, mask: jax.Array | None, state: State) -> State:
+        peak, total, acc = state
+        if n == K:  # without a dimension of one, for whose sake weights would be computed twice
+            queries, kv = q[part], context.gather(blocks, part, context.tile_dtype)
+        else:
+            first = part * (K // n)
+            heads = jnp.arange(first, first + K // n, dtype=jnp.int32)[:, None]
+            queries, kv = q[first : first + K // n], context.gather(blocks[None], heads, context.tile_dtype)
+        scores = context.product(queries, kv.keys)  # […, Q, C]
+        if kv.key_scales is not None:
+            scores *= kv.key_scales
+        if mask is not None:
+            masked = jnp.full_like(scores, MASKED / factor)
+            scores = lax.select(jnp.broadcast_to(mask, scores.shape), scores, masked)
+        # from here on logarithms are base 2; what is scaled once is what has fewer numbers
+        new_peak = jnp.maximum(peak, jnp.max(scores, axis=-1) * factor)
+        rescale = exp2(peak - new_peak, EXP2_32_BITS)
+        weights = exp2(scores * factor - new_peak[..., None], polynomial)
+        scaled = weights if kv.value_scales is None else weights * kv.value_scales
+        # without the barrier weights would be computed once more for their sum
+        rounded = lax.optimization_barrier(scaled.astype(context.tile_dtype))
+        summed = rounded.astype(jnp.float32) if kv.value_scales is None else weights
+        total = total * rescale + jnp.sum(summed, axis=-1)
+        return new_peak, total, acc * rescale[..., None] + context.product(rounded, kv.values)
+
+    def body(c: jax.Array, states: tuple[State, ...]) -> tuple[State, ...]:
+        blocks = _slice(table, c * num_blocks, num_blocks)
+        mask = None if visible is None else visible(c * size + jnp.arange(size, dtype=jnp.int32))
+        return tuple(attend(part, blocks, mask, state) for part, state in enumerate(states))
+
+    return body
+
+
+def exp2(x: jax.Array, polynomial: tuple[float, ...]) -> jax.Array:
+    """2^x of float32 x ≤ 0; 0 where x ≤ −127. In half as many instructions as XLA's `exp`.
+
+    Args:
+        polynomial: EXP2_16_BITS or EXP2_32_BITS.
+    """
+    x = jnp.maximum(x, -127.0)
+    whole = lax.round(x, lax.RoundingMethod.TO_NEAREST_EVEN)
+    rest = x - whole
+    power = jnp.full_like(x, polynomial[-1])
+    for coefficient in polynomial[-2::-1]:
+        power = power * rest + coefficient
+    # times 2^whole: added to the exponent. The last bits of 1.5 · 2^23 + whole are those of whole.
+    exponent = lax.shift_left(lax.bitcast_convert_type(whole + 1.5 * 2**23, jnp.int32), jnp.int32(23))
+    return lax.bitcast_convert_type(lax.bitcast_convert_type(power, jnp.int32) + exponent, jnp.float32)
 
 
 def _ceil_div(a: jax.Array, b: int) -> jax.Array:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from jaxserve.block_manager import BlockCopy
 from jaxserve.kernels import pallas_tpu_layout, reference
-from jaxserve.kernels.blocked_attention import reinterpret
+from jaxserve.kernels.blocked_attention import EXP2_16_BITS, EXP2_32_BITS, exp2, reinterpret
 from jaxserve.kernels.metadata import AttentionMetadata
 from jaxserve.kernels.paged_attention import (
     PoolShape,
@@ -33,7 +33,7 @@ from jaxserve.step_inputs import StepProgram, StepShape, pack_step
 BLOCK_SIZE = 16
 NUM_BLOCKS = 160
 Pool = jax.Array | QuantizedPool
-MAX_MODEL_LEN = 512
+MAX_MODEL_LEN = 1280
 SWEEP = pytest.mark.sweep
 
 
@@ -127,7 +127,9 @@ CASES = {
     "mixed": ([(99, 1), (33, 1), (0, 70), (150, 65), (7, 3)], 256),
     "more decoding than one group": ([(7 * i % 90, 1) for i in range(41)], 64),
     "no whole number of large groups": ([(7 * i % 90, 1) for i in range(41)], 48),
-    "two tiles at a time and one": ([(300, 70), (256, 66), (270, 40), (255, 70)], 256),
+    "four tiles at a time and two": ([(600, 130), (1030, 66), (511, 40)], 256),
+    "two tiles at a time and one": ([(520, 66), (513, 50)], 128),
+    "one tile behind a long context": ([(1100, 60)], 64),
 }
 
 
@@ -142,11 +144,17 @@ def test_equals_the_reference_in_float32(
 
 @pytest.mark.parametrize(
     "heads",
-    [pytest.param((4, 4, 16), marks=SWEEP), pytest.param((8, 1, 32), marks=SWEEP), (9, 3, 64)],
+    [
+        pytest.param((4, 4, 16), marks=SWEEP),
+        pytest.param((8, 1, 32), marks=SWEEP),
+        pytest.param((16, 8, 16), marks=SWEEP),  # more kv heads than independent parts
+        (9, 3, 64),
+    ],
     ids=str,
 )
-def test_every_grouping_of_heads(heads: tuple[int, int, int]) -> None:
-    rows, bucket = CASES["mixed"]
+@pytest.mark.parametrize("case", ["mixed", pytest.param("four tiles at a time and two", marks=SWEEP)])
+def test_every_grouping_of_heads(case: str, heads: tuple[int, int, int]) -> None:
+    rows, bucket = CASES[case]
     ours, expected, n = run_both(rows, bucket, heads, None, "float32")
     np.testing.assert_allclose(ours[:n], expected[:n], rtol=1e-5, atol=1e-6)
 
@@ -194,6 +202,15 @@ def test_any_batch(rows: list[tuple[int, int]], window: int | None) -> None:
     bucket = 512 if sum(n for _, n in rows) > 64 else 64
     ours, expected, n = run_both(rows, bucket, (4, 2, 8), window, "float32")
     np.testing.assert_allclose(ours[:n], expected[:n], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(("polynomial", "tolerance"), [(EXP2_16_BITS, 4e-6), (EXP2_32_BITS, 4e-7)])
+def test_powers_of_two_are_as_exact_as_promised(polynomial: tuple[float, ...], tolerance: float) -> None:
+    """Compiled, since XLA would simplify some ways to split a number into whole and rest."""
+    x = np.linspace(-126, 0, 100_001, dtype=np.float32)
+    np.testing.assert_allclose(jax.jit(exp2, static_argnums=1)(x, polynomial), np.exp2(x), rtol=tolerance)
+    ends = jnp.asarray([0.0, -127.0, -1e30, np.nan])
+    np.testing.assert_array_equal(exp2(ends, polynomial), [1, 0, 0, np.nan])
 
 
 def test_a_token_does_not_depend_on_its_neighbours() -> None:
