@@ -406,14 +406,18 @@ def _chunks(
     num_blocks, factor = size // context.block_size, context.scale * LOG2_E
     polynomial = EXP2_32_BITS if context.tile_dtype == jnp.float32 else EXP2_16_BITS
 
-    def attend(part: int, blocks: jax.Array, mask: jax.Array | None, state: State) -> State:
+    heads = jnp.arange(K, dtype=jnp.int32)
+    if n == K:  # without a dimension of one, for whose sake weights would be computed twice
+        parts = [(q[k], heads[k]) for k in range(K)]
+    else:
+        parts = list(zip(jnp.split(q, n), jnp.split(heads[:, None], n), strict=True))
+
+    @jax.jit  # traced once for all parts
+    def attend(
+        queries: jax.Array, heads: jax.Array, blocks: jax.Array, mask: jax.Array | None, state: State
+    ) -> State:
         peak, total, acc = state
-        if n == K:  # without a dimension of one, for whose sake weights would be computed twice
-            queries, kv = q[part], context.gather(blocks, part, context.tile_dtype)
-        else:
-            first = part * (K // n)
-            heads = jnp.arange(first, first + K // n, dtype=jnp.int32)[:, None]
-            queries, kv = q[first : first + K // n], context.gather(blocks[None], heads, context.tile_dtype)
+        kv = context.gather(blocks, heads, context.tile_dtype)
         scores = context.product(queries, kv.keys)  # […, Q, C]
         if kv.key_scales is not None:
             scores *= kv.key_scales
@@ -434,7 +438,7 @@ def _chunks(
     def body(c: jax.Array, states: tuple[State, ...]) -> tuple[State, ...]:
         blocks = _slice(table, c * num_blocks, num_blocks)
         mask = None if visible is None else visible(c * size + jnp.arange(size, dtype=jnp.int32))
-        return tuple(attend(part, blocks, mask, state) for part, state in enumerate(states))
+        return tuple(attend(*part, blocks, mask, state) for part, state in zip(parts, states, strict=True))
 
     return body
 
