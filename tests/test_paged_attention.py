@@ -133,7 +133,7 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("window", [None, 5, 100])
+@pytest.mark.parametrize("window", [None, pytest.param(5, marks=SWEEP), 100])
 @pytest.mark.parametrize(("rows", "bucket"), CASES.values(), ids=CASES.keys())
 def test_equals_the_reference_in_float32(
     rows: list[tuple[int, int]], bucket: int, window: int | None
