@@ -3,7 +3,7 @@
 FlashAttention's online softmax (Dao et al. 2022, algorithm 1) over chunks of tokens. The loops' trip
 counts are data, so that one program serves every context length and costs what the batch at hand needs:
 single tokens are taken in groups up to the longest context in each, longer rows in tiles of
-QUERY_TILE tokens up to their own end, one, two or four at a time, because larger products are faster. A chunk
+QUERY_TILE tokens up to their own end, several at a time (TILE_CHUNKS), because larger products are faster. A chunk
 that is masked out whole changes no bit of the result, so a token's result does not depend on other rows; on how its own
 row is cut into steps it depends as far as rounding goes, since it decides which products a token is in.
 
@@ -31,21 +31,22 @@ TOKEN_GROUP = 16
 LARGE_TOKEN_GROUP = 32  # faster if it gets full
 DECODING_BATCHES = (32, 64)  # sizes of which most tokens decode, each a multiple of the large group
 GROUP_CHUNK = 64  # tokens of K and V at a time
-# tiles of a row that are attended at once → tokens of context at a time: of what all of them see, and of the rest
+# tiles of a row that are attended at once → tokens of context at a time: of what all of them see (without a sliding
+# window), and of the rest
 TILE_CHUNKS = {1: (512, 128), 2: (512, 128), 4: (512, 256)}
 MASKED = -1e30  # finite, so that a row without any context gives 0 and no NaN
 LOG2_E = math.log2(math.e)
 # 2^x for |x| ≤ 1/2 as a polynomial, lowest power first: least squares of (2^x − 1) / x, so that 2^0 is 1. Relative
-# errors: 3.7e-6, which is nothing beside what 16 bits round, and 2e-9.
+# errors: 3.7e-6, which is nothing beside what 16 bits round, and 2e-9 (1e-7 in float32).
 EXP2_16_BITS = (1.0, 0.6931210932891191, 0.24022228492875905, 0.055921747732396276, 0.009672155872803723)
 EXP2_32_BITS = (
     1.0,
-    0.693147180559945,
-    0.2402265069591007,
-    0.05550410866482158,
-    0.009618129107628477,
-    0.0013333558146428443,
-    0.00015403530393381608,
+    0.6931472055824737,
+    0.24022648461939752,
+    0.055503290233891195,
+    0.009618373264045986,
+    0.0013399853069519408,
+    0.00015370710149842454,
 )
 # XLA:CPU widens every update of an array of small floats to float32, the whole array with it; integers stay as they
 # are. So a pool may hold the bits: which floats they are follows from the integer.
@@ -196,10 +197,10 @@ def paged_attention(
         left = jnp.sum(((rows == rows[0]) & (ahead < metadata.num_tiles)).astype(jnp.int32))
         # What branches return is copied, so these are loops of one turn or none. What did not depend on their own
         # number, which is 0, would be computed in any case.
-        many = (left > most // 2).astype(jnp.int32)
+        take_most = (left > most // 2).astype(jnp.int32)
         for n in fewer:
-            out = lax.fori_loop(0, 1 - many, lambda zero, out, n=n: tiles(i + zero, out, n), out)
-        out = lax.fori_loop(0, many, lambda zero, out: tiles(i + zero, out, most), out)
+            out = lax.fori_loop(0, 1 - take_most, lambda zero, out, n=n: tiles(i + zero, out, n), out)
+        out = lax.fori_loop(0, take_most, lambda zero, out: tiles(i + zero, out, most), out)
         return i + left, out
 
     if group >= T:  # one group needs no loop, and loops are most of what there is to compile
@@ -208,7 +209,8 @@ def paged_attention(
     if metadata.tiles.shape[0] == 0:
         out = lax.fori_loop(0, num_groups, token_group, jnp.zeros(queries.shape))
         return out.astype(queries.dtype)
-    # at least half of the tiles that are taken at once are there, but for one of two
+    # Of n tiles taken at once half or more have tokens, so they reach less than n / 2 tiles past T, or one if n is 1.
+    # One tile that is taken as two reaches less than two past it, and is so only where the most is four.
     padding = max(1, most // 2) * QUERY_TILE
     padded_queries = jnp.pad(queries, ((0, padding), (0, 0), (0, 0)))
     tile_rows = jnp.pad(metadata.tiles[:, 0], (0, most - 1))
@@ -349,7 +351,8 @@ def _attend_tiles(
     tokens = num_tiles * QUERY_TILE
     q_positions = jnp.tile(position + jnp.arange(tokens, dtype=jnp.int32), Q // tokens)
     long, short = TILE_CHUNKS[num_tiles]
-    ratio, short = long // short, max(1, short // context.block_size) * context.block_size
+    short = max(1, short // context.block_size) * context.block_size
+    ratio = max(1, long // short)
     window = context.sliding_window
 
     def visible(kv_positions: jax.Array) -> jax.Array:
