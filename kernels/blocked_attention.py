@@ -161,7 +161,7 @@ def paged_attention(
     K, B, M = context.num_kv_heads, context.block_size, metadata.block_tables.shape[1]
     G = H // K
     group = min(LARGE_TOKEN_GROUP if T in DECODING_BATCHES else TOKEN_GROUP, T)
-    # a chunk may begin with a table's last block
+    # a masked chunk may begin with a table's last block, and any chunk be longer than a table
     longest_chunk = max(GROUP_CHUNK, *(chunk for chunks in TILE_CHUNKS.values() for chunk in chunks))
     tables = jnp.pad(metadata.block_tables, ((0, 0), (0, max(1, longest_chunk // B) - 1)))
 
@@ -315,12 +315,11 @@ def _attend_tokens(
         shortest = jnp.min(jnp.where(lens > 0, lens, jnp.iinfo(jnp.int32).max))
         first_chunk = jnp.minimum(lax.div(jnp.maximum(shortest - window, 0), jnp.int32(chunk)), last_chunk)
 
-    def body(c: jax.Array, carry: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, ...]:
+    def body(c: jax.Array, carry: State) -> State:
         peak, total, acc = carry
         block_ids = _slice(block_rows, c * blocks_per_chunk, blocks_per_chunk, axis=1)
-        kv = context.gather(
-            block_ids[:, None], heads, jnp.dtype(jnp.float32)
-        )  # faster, with few rows a product
+        # float32: faster, with few rows a product
+        kv = context.gather(block_ids[:, None], heads, jnp.dtype(jnp.float32))
         scores = context.product(q.astype(jnp.float32), kv.keys) * context.scale  # [R, K, G, C]
         if kv.key_scales is not None:
             scores *= kv.key_scales
@@ -368,17 +367,13 @@ def _attend_tiles(
         first = lax.div(jnp.maximum(position - window + 1, 0), jnp.int32(short))
     last = _ceil_div(position + tokens, short)
     states = lax.fori_loop(first, last, _chunks(q, context, table, short, visible), states)
-    return jnp.stack([acc / jnp.maximum(total, 1e-30)[..., None] for _, total, acc in states]).reshape(
-        K, Q, D
-    )
-
-
-# Heads are independent of each other until all are done, so that XLA:CPU has work for several threads: its products
-# of this size use one, and of a kernel over three heads one thread would get two.
+    results = [acc / jnp.maximum(total, 1e-30)[..., None] for _, total, acc in states]
+    return jnp.stack(results).reshape(K, Q, D)
 
 
 def _parts(K: int) -> int:
-    """How many independent parts K heads are."""
+    """How many parts K heads are, which are independent of each other until all are done, so that XLA:CPU has work for
+    several threads: its products of this size use one, and of a kernel over three heads one thread would get two."""
     return next(n for n in (3, 4, 5, 7, 2, 1) if K % n == 0)
 
 
@@ -447,7 +442,8 @@ def _chunks(
 
 
 def exp2(x: jax.Array, polynomial: tuple[float, ...]) -> jax.Array:
-    """2^x of float32 x ≤ 0; 0 where x ≤ −127. In half as many instructions as XLA's `exp`.
+    """2^x of float32 x ≤ 0; 0 where x ≤ −127. Faster than XLA's `exp`. NaN stays NaN if the last 9 bits of its payload
+    are 0, as they are in those that arithmetic makes.
 
     Args:
         polynomial: EXP2_16_BITS or EXP2_32_BITS.
