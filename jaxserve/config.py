@@ -210,6 +210,7 @@ class SchedulerConfig:
         block_size: tokens of one KV block.
         num_blocks: KV blocks in the pool; block 0 is the null block that padding writes to, never handed out.
         long_prefill_token_threshold: tokens a step of prompts that take several, while others decode; 0: no limit.
+        num_layers: of the model, if such prompts are computed by layers instead (`layered_prefill`), else 0.
         scheduling_policy: whether requests may have priorities.
         async_scheduling: decide a step before the results of the one before it are there.
         speculation: guess tokens and check several in one step; None: never.
@@ -224,6 +225,7 @@ class SchedulerConfig:
     enable_prefix_caching: bool = True
     enable_chunked_prefill: bool = True
     long_prefill_token_threshold: int = 0
+    num_layers: int = 0
     scheduling_policy: SchedulingPolicy = "fcfs"
     async_scheduling: bool = True
     speculation: SpeculativeConfig | None = None

@@ -31,9 +31,10 @@ from jaxserve.model_runner import ModelRunner, StepResult
 from jaxserve.request_check import check_request
 from jaxserve.sampler import NO_TOKEN
 from jaxserve.sampling_params import INT64_MAX
-from jaxserve.scheduler import ScheduledRow, Scheduler, StepPlan
+from jaxserve.scheduler import Scheduler
 from jaxserve.sequence import Sequence
 from jaxserve.speculation import DraftRow, Speculation
+from jaxserve.step_plan import ScheduledRow, StepPlan
 from jaxserve.tokenizer import Tokenizer
 
 MIN_SHARE_AHEAD = 4  # of so many sequences one may sit out a step that is begun before its token is known
@@ -156,8 +157,11 @@ class Engine:
         started = time.monotonic()
         self._run_ahead()
         plan, result = self._under_way.popleft()
+        if plan.is_layered:
+            result.wait()
         outputs = self._update(plan, result)
         self._last_step_s, self._last_num_tokens = time.monotonic() - started, plan.num_tokens
+        self.scheduler.layered.settle(plan, self._last_step_s)
         if self.speculation is not None:
             self.speculation.settle(plan, self._last_step_s)
         return StepOutputs(outputs=outputs, stats=self.stats())

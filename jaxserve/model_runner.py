@@ -20,8 +20,8 @@ from jaxserve.compilation import CompilationCounter, enable_compilation_cache, s
 from jaxserve.config import EngineConfig, SchedulerConfig
 from jaxserve.errors import ConfigError
 from jaxserve.kernels import pallas_tpu_layout
-from jaxserve.kernels.blocked_attention import TOKEN_GROUP
-from jaxserve.kernels.metadata import QUERY_TILE
+from jaxserve.kernels.lanes import TOKEN_GROUP
+from jaxserve.kernels.metadata import MAX_UNTILED_TOKENS
 from jaxserve.kernels.paged_attention import BACKENDS, PoolShape, ServingShape, backend_for, passed_over
 from jaxserve.kv_cache import (
     CPU_DEFAULT_POOL_BYTES,
@@ -37,17 +37,16 @@ from jaxserve.models.config import ModelConfig
 from jaxserve.models.llama import Llama, checkpoint_slots
 from jaxserve.models.loader import Checkpoint, load_params, open_checkpoint, resolve_model
 from jaxserve.sampling_params import SamplingParams
-from jaxserve.scheduler import ScheduledRow, StepPlan
 from jaxserve.sequence import Sequence
 from jaxserve.sharding import EVERYWHERE, SHARDED, DeviceGroup, VocabShard, shard_config
 from jaxserve.slot_tables import SlotTableManager
 from jaxserve.step import ModelDefinition, Pools, StepOutputs, logits_sizes, make_all_logits, make_step
-from jaxserve.step_inputs import StepProgram, StepShape, pack_step
+from jaxserve.step_inputs import pack_step
+from jaxserve.step_plan import ScheduledRow, StepPlan
+from jaxserve.step_shapes import StepProgram, step_programs, step_shapes, token_buckets
 from jaxserve.weight_layouts import loop_copies_table
 
-MAX_SHAPES = 8
 ROW_MULTIPLE = 8
-SHARED_TOKENS = 32  # times as many as in the smallest shape of a program
 COMPILE_THREADS = 2
 PROGRAM_BYTES_GUESS = 256 << 20
 
@@ -66,7 +65,6 @@ class PlatformDefaults(NamedTuple):
         int | None
     )  # below, programs are for decoding alone; None: every program takes everything
     async_scheduling: bool
-    long_prefill_token_threshold: int  # one tile costs as much as the tokens of a tile
 
 
 # a lone sequence is worth a program of its own on a CPU, where every row costs
@@ -78,12 +76,9 @@ PLATFORM_DEFAULTS = {
         (1, 8),
         None,
         async_scheduling=True,
-        long_prefill_token_threshold=QUERY_TILE,
     )
 }
-ACCELERATOR_DEFAULTS = PlatformDefaults(
-    256, 2048, 32, (16,), 256, async_scheduling=True, long_prefill_token_threshold=0
-)
+ACCELERATOR_DEFAULTS = PlatformDefaults(256, 2048, 32, (16,), 256, async_scheduling=True)
 
 
 class StepResult:
@@ -107,6 +102,10 @@ class StepResult:
     @cached_property
     def _prompt(self) -> npt.NDArray[np.int32]:
         return np.asarray(self._outputs.prompt)
+
+    def wait(self) -> None:
+        """Until the step has ended."""
+        assert self._sampled is not None
 
     @cached_property
     def token_ids(self) -> list[int]:
@@ -171,8 +170,6 @@ class ModelRunner:
         defaults = PLATFORM_DEFAULTS.get(self.platform, ACCELERATOR_DEFAULTS)
         self._max_num_seqs = config.max_num_seqs or defaults.max_num_seqs
         self._max_num_rows = _round_up(self._max_num_seqs, ROW_MULTIPLE)
-        share = config.long_prefill_token_threshold
-        self._long_prefill_tokens = defaults.long_prefill_token_threshold if share is None else share
         ahead = config.async_scheduling
         self._async_scheduling = defaults.async_scheduling if ahead is None else ahead
         chunk = defaults.max_num_batched_tokens if config.enable_chunked_prefill else self.max_model_len
@@ -184,9 +181,13 @@ class ModelRunner:
             defaults.smallest_mixed_bucket,
             max_num_seqs=self._max_num_rows,
             blocks_per_row=_ceil_div(self.max_model_len, self.block_size),
+            lanes=self.platform == "cpu" and self.model_config.sliding_window is None,
         )
         # an accelerator would stop at every branch that depends on data
         self._unroll_layers = self.platform != "cpu"
+        self._cuts_layers = (
+            not self._unroll_layers and config.long_prefill_token_threshold is None and self.shapes[-1].tiled
+        )
         self._programs = step_programs(self.shapes, shared=self.platform == "cpu")
         self._program_of = {shape: i for i, program in enumerate(self._programs) for shape in program.shapes}
         self._definition = ModelDefinition.of(
@@ -233,6 +234,8 @@ class ModelRunner:
         """Begin one step: one transfer in, one program, one small transfer out. The device runs steps in the order in
         which they were begun; nobody waits here."""
         needed, rows = plan.num_tokens, len(plan.rows)
+        if plan.is_layered:  # tiles, however few tokens are left of the prompt: they lie behind many
+            needed = max(needed, MAX_UNTILED_TOKENS + 1)
         rates = any(row.rates for row in plan.rows)
         shape = next(shape for shape in self.shapes if shape.fits(needed, rows, prompt_logprobs=rates))
         program = self._program_of[shape]
@@ -474,7 +477,8 @@ class ModelRunner:
             num_blocks=num_blocks,
             enable_prefix_caching=self.config.enable_prefix_caching,
             enable_chunked_prefill=self.config.enable_chunked_prefill,
-            long_prefill_token_threshold=self._long_prefill_tokens,
+            long_prefill_token_threshold=self.config.long_prefill_token_threshold or 0,
+            num_layers=self.model_config.num_layers if self._cuts_layers else 0,
             scheduling_policy=self.config.scheduling_policy,
             async_scheduling=self._async_scheduling,
             speculation=self.config.speculation,
@@ -510,8 +514,11 @@ class ModelRunner:
         tokens = jax.ShapeDtypeStruct((num_blocks, self.block_size), jnp.int32)
         sampled = jax.ShapeDtypeStruct((self._max_num_rows,), jnp.int32)
         logits = jax.ShapeDtypeStruct((self._max_num_rows, self._vocab.num_local), jnp.float32)
-        room = logits if self._logits_bytes else None
-        return Pools(self._spec.abstract(num_blocks), tokens, sampled, room)  # type: ignore[arg-type]
+        hidden = jax.ShapeDtypeStruct(
+            (2, self.shapes[-1].num_tokens, self.model_config.hidden_size), jnp.float32
+        )
+        room = () if self._unroll_layers else (logits, hidden)
+        return Pools(self._spec.abstract(num_blocks), tokens, sampled, *room)  # type: ignore[arg-type]
 
     @property
     def _weight_bytes(self) -> int:
@@ -544,64 +551,6 @@ class ModelRunner:
         return num_blocks_for(
             self._spec, pool_bytes=pool_bytes, max_useful_tokens=self._max_num_seqs * self.max_model_len
         )
-
-
-def token_buckets(max_num_batched_tokens: int, smallest: tuple[int, ...]) -> list[int]:
-    """Token counts that programs are compiled for: `smallest`, then powers of two up to the budget, thinned out
-    from below the largest if they are more than MAX_SHAPES."""
-    buckets = list(smallest)
-    while buckets[-1] * 2 < max_num_batched_tokens:
-        buckets.append(buckets[-1] * 2)
-    largest = _round_up(max_num_batched_tokens, TOKEN_GROUP)
-    buckets = [b for b in buckets if b < largest] + [largest]
-    while len(buckets) > MAX_SHAPES:
-        del buckets[-3]  # few steps are between a full chunk and a full batch of decodes
-    return buckets
-
-
-def step_shapes(
-    buckets: list[int], smallest_mixed: int | None, *, max_num_seqs: int, blocks_per_row: int
-) -> list[StepShape]:
-    """Shapes that programs are compiled for, in the order in which a step looks for the first that fits it; at most
-    MAX_SHAPES, and the last one takes everything.
-
-    Args:
-        smallest_mixed: rows of several tokens get programs only from this size on, and decoding gets programs
-            of its own for up to `max_num_seqs` rows; None: one program a bucket, for both.
-    """
-
-    def shape(bucket: int, *, decode_only: bool = False) -> StepShape:
-        last = bucket == buckets[-1] and not decode_only
-        rows = min(bucket, max_num_seqs)
-        return StepShape(bucket, rows, blocks_per_row, prompt_logprobs=last, decode_only=decode_only)
-
-    if smallest_mixed is None:
-        return [shape(bucket) for bucket in buckets]
-    decode = [b for i, b in enumerate(buckets) if i == 0 or buckets[i - 1] < max_num_seqs]
-    mixed = [b for b in buckets[:-1] if b >= smallest_mixed] + [buckets[-1]]
-    shapes = [*(shape(b, decode_only=True) for b in decode), *map(shape, mixed)]
-    while len(shapes) > MAX_SHAPES:
-        del shapes[-3]
-    return shapes
-
-
-def step_programs(shapes: list[StepShape], *, shared: bool) -> list[StepProgram]:
-    """Which shapes are compiled together. Of a shared program (XLA:CPU takes long to compile, and jumps for free) all
-    but the layers is there once. That of one row has its own, for it is all overhead to it; others share within a
-    factor of SHARED_TOKENS, since each step makes room for the hidden states of the largest."""
-    programs: list[list[StepShape]] = []
-    for shape in shapes:
-        first = programs[-1][0] if programs else None
-        if (
-            first is not None
-            and shared
-            and first.num_rows > 1
-            and shape.num_tokens <= SHARED_TOKENS * first.num_tokens
-        ):
-            programs[-1].append(shape)
-        else:
-            programs.append([shape])
-    return [StepProgram(tuple(program)) for program in programs]
 
 
 def prompt_logits(config: EngineConfig, prompts: list[list[int]]) -> list[npt.NDArray[np.float32]]:

@@ -9,91 +9,14 @@ from __future__ import annotations
 
 import time
 from bisect import insort
-from dataclasses import dataclass, field
 
-from jaxserve.block_manager import BlockCopy, BlockManager
+from jaxserve.block_manager import BlockManager
 from jaxserve.config import SchedulerConfig
-from jaxserve.kernels.metadata import MAX_UNTILED_TOKENS
+from jaxserve.layered_prefill import LayeredPrefill
+from jaxserve.padding import cut_to_bucket
 from jaxserve.sequence import Sequence, SequenceStatus
+from jaxserve.step_plan import ScheduledRow, StepPlan
 from jaxserve.waiting_queue import WaitingQueue, urgency
-
-# what steps cost on a CPU, in tokens: one token takes 21 ms, 128 take 150 ms, 256 take 300 ms; and where attention has
-# no tiles, a token of a prompt costs more by about one for each 500 tokens before it
-STEP_COST = 20
-UNTILED_CONTEXT = 500
-
-
-class ScheduledRow:
-    """The next `num_tokens` tokens of `sequence`, as of when they were scheduled.
-
-    Attributes:
-        start, end: positions of the tokens.
-        samples: whether the last one is the sequence's last one, so that a new token follows from it.
-        source_row: the row of the step before that samples the token, where the host does not know it yet.
-        prompt_logprob_range: positions (first, end) of the tokens whose successors in the prompt are to be rated.
-    """
-
-    __slots__ = (
-        "copies",
-        "end",
-        "num_tokens",
-        "prompt_logprob_range",
-        "samples",
-        "sequence",
-        "source_row",
-        "start",
-    )
-
-    def __init__(self, sequence: Sequence, num_tokens: int, copies: list[BlockCopy]) -> None:
-        self.sequence = sequence
-        self.num_tokens = num_tokens
-        self.copies = copies
-        self.start = sequence.num_computed_tokens
-        self.end = self.start + num_tokens
-        is_last = num_tokens == sequence.num_uncomputed_tokens
-        self.samples = is_last and not sequence.siblings and sequence.params.max_tokens > 0
-        self.source_row = sequence.sampled_row
-        self.prompt_logprob_range = (0, 0)
-        if sequence.rates_prompt:
-            first = max(self.start, sequence.num_rated_tokens - 1)
-            self.prompt_logprob_range = first, min(self.end, sequence.num_prompt_tokens - 1)
-
-    @property
-    def rates(self) -> bool:
-        """Whether tokens of the prompt are to be rated."""
-        first, end = self.prompt_logprob_range
-        return first < end
-
-    @property
-    def token_ids(self) -> list[int]:
-        """The row's tokens; −1 − r stands for what row r of the step before samples."""
-        known = self.sequence.token_ids[self.start : self.end]
-        return known or [-1 - self.source_row]
-
-
-@dataclass(slots=True)
-class StepPlan:
-    """What one step computes. `rows` are ordered: those of one token first.
-
-    Attributes:
-        first_scheduled: sequences that run for the first time in this step.
-        num_held: sequences that cannot go on before this step's tokens are known to the host.
-        num_drafts: rows of guessed tokens (`speculation.DraftRow`).
-    """
-
-    rows: list[ScheduledRow] = field(default_factory=list)
-    first_scheduled: list[Sequence] = field(default_factory=list)
-    num_held: int = 0
-    num_drafts: int = 0
-
-    @property
-    def num_tokens(self) -> int:
-        return sum(row.num_tokens for row in self.rows)
-
-    @property
-    def is_wanted(self) -> bool:
-        """Whether anybody still waits for its results."""
-        return any(row.sequence.status is not SequenceStatus.FINISHED for row in self.rows)
 
 
 class Scheduler:
@@ -105,8 +28,10 @@ class Scheduler:
         self.waiting = WaitingQueue()
         self.running: list[Sequence] = []
         self.parked: list[Sequence] = []
+        self.layered = LayeredPrefill(config.num_layers)
         self.num_preemptions = 0
-        self._num_long_tokens = 0  # what the step has left for long prompts, while others decode
+        self._others_decode = False  # so that long prompts are held back
+        self._num_long_tokens = 0  # what the step has left for those
 
     @property
     def has_work(self) -> bool:
@@ -119,8 +44,19 @@ class Scheduler:
     def schedule(self) -> StepPlan:
         """Decide the next step; takes blocks, and preempts where they run out. The plan counts as computed at once, so
         that the step after it can be decided before the device is done; it is empty if all wait for results."""
+        plan = StepPlan() if self.layered.is_due else self._schedule_tokens()
+        if self.layered.is_under_way and not plan.rows:
+            self.layered.fill(plan, others_decode=self._anybody_decodes())
+            if plan.layers[1] == self.config.num_layers:
+                self._count_as_computed(0, plan.rows[0])
+        return plan
+
+    def _schedule_tokens(self) -> StepPlan:
+        """A step of all layers."""
+        self.layered.give_way()
         rows: dict[Sequence, ScheduledRow] = {}
         self._make_way()
+        self._others_decode = self._anybody_decodes()
         self._num_long_tokens = self.config.long_prefill_token_threshold
         num_preemptions = self.num_preemptions
         budget = self._schedule_running(rows, self.config.max_num_batched_tokens)
@@ -128,7 +64,7 @@ class Scheduler:
         if self.num_preemptions == num_preemptions or not rows:  # else blocks are short: no newcomers
             self._schedule_waiting(rows, budget, plan)
         if self.config.token_buckets and self.config.enable_chunked_prefill:
-            self._cut_to_bucket(rows)
+            cut_to_bucket(rows, self.config.token_buckets)
         plan.rows = sorted(rows.values(), key=lambda row: row.num_tokens > 1)
         for index, row in enumerate(plan.rows):
             plan.num_held += self._count_as_computed(index, row)
@@ -137,6 +73,7 @@ class Scheduler:
     def finish(self, sequence: Sequence) -> None:
         """Take a finished sequence out; its blocks are free at once."""
         self._take_out(sequence)
+        self.layered.drop(sequence)
         self.block_manager.free(sequence)
 
     def park(self, sequence: Sequence) -> None:
@@ -183,6 +120,7 @@ class Scheduler:
         assert all(s.status is SequenceStatus.WAITING for s in self.waiting)
         assert all(s.status is SequenceStatus.PARKED for s in self.parked)
         assert len(self.running) <= self.config.max_num_seqs
+        assert not self.layered.is_under_way or any(map(self.layered.holds, self.running))
         assert sorted(self.running, key=urgency) == self.running
         assert sorted(self.waiting, key=urgency) == list(self.waiting)
         self.block_manager.check_integrity([*self.running, *self.waiting, *self.parked])
@@ -193,14 +131,13 @@ class Scheduler:
         """Rows of one token first, so that a long prompt never stalls a stream."""
         wanted = [(sequence.num_tokens_to_schedule, sequence) for sequence in self.running]
         for num_tokens, sequence in sorted(wanted, key=lambda entry: entry[0] > 1):
-            num_tokens = min(self._paced(sequence, num_tokens), budget)
+            num_tokens = self._affordable(sequence, num_tokens, budget)
             if num_tokens == 0:
                 continue
             while sequence.status is SequenceStatus.RUNNING:  # until it has blocks, or was preempted itself
                 copies = self.block_manager.allocate(sequence, num_tokens)
                 if copies is not None:
-                    rows[sequence] = ScheduledRow(sequence, num_tokens, copies)
-                    budget -= num_tokens
+                    budget -= self._place(ScheduledRow(sequence, num_tokens, copies), rows)
                     break
                 victim = self._least_urgent_with_blocks()
                 taken_back = rows.pop(victim, None)
@@ -219,73 +156,61 @@ class Scheduler:
             if sequence.scheduled_at is None:
                 sequence.scheduled_at = time.monotonic()
                 plan.first_scheduled.append(sequence)
-            rows[sequence] = row
-            budget -= row.num_tokens
-
-    def _cut_to_bucket(self, rows: dict[Sequence, ScheduledRow]) -> None:
-        """Leave the last tokens of the least urgent prompts to the next step, if this one would be mostly padding for
-        their sake: 16 decodes and a prompt of 128 tokens would take as long as 256 tokens."""
-        prompts = [row for row in rows.values() if row.num_tokens > 1]
-        if any(row.rates for row in prompts):  # the largest program alone does that
-            return
-        total = sum(row.num_tokens for row in rows.values())
-        full = max((bucket for bucket in self.config.token_buckets if bucket <= total), default=total)
-        excess = total - full
-        if not 0 < excess <= sum(row.num_tokens - 1 for row in prompts):
-            return
-        others = len(rows) - len(prompts)
-        wanted = total - others
-        context = max(row.end for row in prompts)
-        cut = self._cost(others, wanted - excess, context) + self._cost(others, excess, context)
-        if cut >= self._cost(others, wanted, context) + self._cost(others, 0, context):
-            return
-        for row in reversed(prompts):
-            num_tokens = max(1, row.num_tokens - excess)
-            excess -= row.num_tokens - num_tokens
-            rows[row.sequence] = ScheduledRow(row.sequence, num_tokens, row.copies)
-
-    def _cost(self, others: int, num_prompt_tokens: int, context: int) -> float:
-        """Of a step of so many tokens, in tokens: about what its time is proportional to."""
-        num_tokens = others + num_prompt_tokens
-        if num_tokens == 0:
-            return 0.0
-        bucket = min(bucket for bucket in self.config.token_buckets if bucket >= num_tokens)
-        untiled = num_prompt_tokens * context / UNTILED_CONTEXT if bucket <= MAX_UNTILED_TOKENS else 0.0
-        return STEP_COST + bucket + untiled
+            budget -= self._place(row, rows) if row.num_tokens else 0
 
     def _admit(self, sequence: Sequence, budget: int) -> ScheduledRow | None:
         """The first row of a waiting sequence, or None if it must wait. It starts only when there are blocks
-        for all of its known tokens: starting earlier would only get it preempted halfway."""
+        for all of its known tokens: starting earlier would only get it preempted halfway. The row is empty if it is
+        held back by another long prompt, so that it holds up nobody itself."""
         looked_up = not sequence.block_table
         num_cached = self.block_manager.take_cached_prefix(sequence) if looked_up else 0
         if sequence.siblings and sequence.num_tokens_to_schedule == 0:  # nothing left to compute together
             self._fork_siblings(sequence)
         if looked_up:
             sequence.num_prefix_tokens = num_cached
-        wanted = self._paced(sequence, sequence.num_tokens_to_schedule)
+        wanted = sequence.num_tokens_to_schedule
+        num_tokens = self._affordable(sequence, wanted, budget)
         enough = self._make_room(sequence)
-        if enough and wanted and (wanted <= budget or self.config.enable_chunked_prefill):
-            copies = self.block_manager.allocate(sequence, min(wanted, budget))
+        if enough and wanted and (num_tokens == wanted or self.config.enable_chunked_prefill):
+            copies = self.block_manager.allocate(sequence, num_tokens) if num_tokens else []
             if copies is not None:
                 if looked_up and sequence.scheduled_at is None:
                     sequence.num_cached_tokens = num_cached
                     self.block_manager.count_lookup(len(sequence), num_cached)
-                return ScheduledRow(sequence, min(wanted, budget), copies)
+                return ScheduledRow(sequence, num_tokens, copies)
         if num_cached:
             self.block_manager.free(sequence)  # it looks again when its turn comes
         return None
 
-    def _paced(self, sequence: Sequence, num_tokens: int) -> int:
-        """How many of a sequence's next tokens a step may compute: while others decode, only so many of prompts that
-        take several steps anyway, which share them."""
+    def _affordable(self, sequence: Sequence, num_tokens: int, budget: int) -> int:
+        """How many of a sequence's next tokens a step may compute. While others decode, prompts that take several steps
+        anyway are computed a chunk at a time and by layers, or share so many tokens of each step."""
+        if self.layered.holds(sequence):
+            return 0
+        if not self._is_held_back(sequence, num_tokens):
+            return min(num_tokens, budget)
+        if self.config.num_layers:  # the last token is left to a step of all layers, which samples from it
+            return 0 if self.layered.is_under_way else min(num_tokens - 1, self.config.max_num_batched_tokens)
+        return min(num_tokens, budget, self._num_long_tokens)
+
+    def _place(self, row: ScheduledRow, rows: dict[Sequence, ScheduledRow]) -> int:
+        """Let the row be computed in this step, or by layers; returns what that takes of the budget."""
+        if self._is_held_back(row.sequence, row.sequence.num_tokens_to_schedule):
+            if self.config.num_layers:
+                self.layered.begin(row)
+                return 0
+            self._num_long_tokens -= row.num_tokens
+        rows[row.sequence] = row
+        return row.num_tokens
+
+    def _is_held_back(self, sequence: Sequence, num_tokens: int) -> bool:
+        """Whether it is a long prompt beside sequences that decode."""
         is_long = len(sequence) - sequence.num_prefix_tokens > self.config.max_num_batched_tokens
-        if num_tokens <= 1 or not is_long or not self.config.long_prefill_token_threshold:
-            return num_tokens
-        if not any(s.num_tokens_to_schedule <= 1 for s in self.running):
-            return num_tokens
-        paced = min(num_tokens, self._num_long_tokens)
-        self._num_long_tokens -= paced
-        return paced
+        paces = self.config.num_layers or self.config.long_prefill_token_threshold
+        return num_tokens > 1 and is_long and bool(paces) and self._others_decode
+
+    def _anybody_decodes(self) -> bool:
+        return any(sequence.num_tokens_to_schedule <= 1 for sequence in self.running)
 
     def _count_as_computed(self, index: int, row: ScheduledRow) -> bool:
         """Move the sequence to the end of its row. Siblings join when the shared prompt is complete.
@@ -356,6 +281,7 @@ class Scheduler:
 
     def _preempt(self, sequence: Sequence) -> None:
         """Free the blocks; a running sequence goes back to its place in the queue. It is computed again."""
+        self.layered.drop(sequence)
         self.block_manager.free(sequence)
         self.num_preemptions += sequence.status is not SequenceStatus.WAITING
         if sequence.status is SequenceStatus.RUNNING:

@@ -15,8 +15,8 @@ import numpy.typing as npt
 
 from jaxserve.logits_processors import BITS, SlotTables
 from jaxserve.sampling_params import MAX_BAD_WORD_TOKENS, MAX_LOGIT_BIASES, MAX_STOP_TOKEN_IDS
-from jaxserve.scheduler import ScheduledRow
 from jaxserve.sequence import Sequence
+from jaxserve.step_plan import ScheduledRow
 
 NEUTRAL_SLOT = 0
 MAX_EOS_TOKEN_IDS = 64

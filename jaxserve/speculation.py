@@ -12,10 +12,10 @@ Lookup: Saxena, "Prompt Lookup Decoding" (2023). Checking several tokens in one 
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections import defaultdict
 from collections.abc import Iterator
-from itertools import groupby
 from typing import NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -23,9 +23,9 @@ import numpy as np
 
 from jaxserve.block_manager import BlockManager
 from jaxserve.config import SchedulerConfig, SpeculativeConfig
-from jaxserve.scheduler import ScheduledRow, StepPlan
 from jaxserve.sequence import Sequence
-from jaxserve.step_inputs import StepShape
+from jaxserve.step_plan import ScheduledRow, StepPlan
+from jaxserve.step_shapes import StepShape
 
 HASH_FACTOR, HASH_MASK = 0x9E3779B97F4A7C15, (1 << 64) - 1
 MANY_TOKENS = 64  # from here on numpy is the faster way to look at them
@@ -37,7 +37,7 @@ COMMON_RATE_WEIGHT = 0.05  # and in that of all, which new sequences begin with
 HIGHEST_RATE = 0.98
 
 # whether they pay
-MIN_GAIN = 1.05  # they must promise so many times the tokens a second
+MIN_GAIN = 1.05  # they must promise so many times the speed
 PROBE_RATE = 0.8  # assumed now and then, to find out whether a sequence repeats itself by now
 PROBE_PAUSE = 16  # steps between two such attempts
 MAX_CREDIT = 3.0  # steps that may be lost with drafts before they have gained anything
@@ -248,26 +248,39 @@ class Payoff:
     def _best(
         self, num_rows: int, proposals: list[Proposal], max_drafts: int, plain: float
     ) -> tuple[list[int], float]:
-        """Drafts that promise the most tokens a second, likeliest first, and the seconds of their step."""
-        chances = [
-            (proposal.rate**n, index)
+        """Drafts that promise the highest speed, and the seconds of their step.
+
+        Speed is that of a token on average over sequences: a draft counts by the share of a step that it saves its
+        sequence. Tokens a second would have many wait for a few that repeat themselves: those would be done soon, and
+        the whole late.
+        """
+        savings = [
+            (saving, index)
             for index, proposal in enumerate(proposals)
-            for n in range(1, len(proposal.token_ids) + 1)
+            for saving in _savings(proposal.rate, len(proposal.token_ids))
         ]
-        chances.sort(key=lambda chance: -chance[0])
-        best_count, best_seconds, best_speed = 0, plain, MIN_GAIN * num_rows / plain
+        savings.sort(key=lambda entry: -entry[0])
+        best_count, best_seconds, best_speed = 0, plain, MIN_GAIN / plain
         for shape in self._times.shapes:
-            count = min(shape.num_rows - num_rows, len(chances), max_drafts)
+            count = min(shape.num_rows - num_rows, len(savings), max_drafts)
             if count <= 0 or shape is not self._times.shape(num_rows + count):
                 continue
             seconds = self._times.drafting(shape, num_rows, plain)
-            speed = (num_rows + sum(chance for chance, _ in chances[:count])) / seconds
+            saved = sum(saving for saving, _ in savings[:count]) / num_rows
+            speed = 1.0 / ((1.0 - saved) * seconds)
             if speed > best_speed:
                 best_count, best_seconds, best_speed = count, seconds, speed
         counts = [0] * len(proposals)
-        for _, index in chances[:best_count]:
+        for _, index in savings[:best_count]:
             counts[index] += 1
         return counts, best_seconds
+
+
+def _savings(rate: float, num_drafts: int) -> list[float]:
+    """What share of a step each further draft of a sequence saves it for each of its tokens, if each is right at this
+    rate once those before it are."""
+    tokens = list(itertools.accumulate((rate**n for n in range(1, num_drafts + 1)), initial=1.0))
+    return [1.0 / fewer - 1.0 / more for fewer, more in itertools.pairwise(tokens)]
 
 
 class _Drafter:
@@ -340,7 +353,7 @@ class Speculation:
         if not _only_decodes(plan):
             return
         num_accepted = 0
-        for sequence, rows in groupby(plan.rows, key=lambda row: row.sequence):
+        for sequence, rows in itertools.groupby(plan.rows, key=lambda row: row.sequence):
             drafts = [row for row in rows if isinstance(row, DraftRow)]
             if drafts:
                 num_accepted += self._learn(sequence, [draft.accepted for draft in drafts])
@@ -393,4 +406,6 @@ class Speculation:
 
 def _only_decodes(plan: StepPlan) -> bool:
     """Whether each row is the next token of an output: then the step's cost depends on their number alone."""
-    return all(row.num_tokens == 1 and row.start >= row.sequence.num_prompt_tokens for row in plan.rows)
+    return not plan.is_layered and all(
+        row.num_tokens == 1 and row.start >= row.sequence.num_prompt_tokens for row in plan.rows
+    )

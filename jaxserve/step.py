@@ -13,14 +13,14 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
-from jaxserve.kernels.metadata import AttentionMetadata
+from jaxserve.kernels.metadata import AttentionMetadata, Lanes
 from jaxserve.kernels.paged_attention import paged_attention
 from jaxserve.kernels.reference import QuantizedPool
 from jaxserve.logits_processors import ProcessorInputs, SlotTables, write_tokens
 from jaxserve.models.llama import Llama, Pool
 from jaxserve.sampler import SamplingInputs, logprobs_of, sample
 from jaxserve.sharding import VocabShard
-from jaxserve.step_inputs import StepProgram, StepShape
+from jaxserve.step_shapes import StepProgram, StepShape
 
 
 @dataclass(frozen=True)
@@ -71,12 +71,15 @@ class Pools(NamedTuple):
         sampled: [rows at most] int32; what the rows of the last step sampled.
         logits: [rows at most, V] float32, where rows that are not in use are skipped: room, so that no step has to
             make any.
+        hidden: [2, tokens at most, E] float32, where steps may compute a part of the layers: the residual stream of the
+            last step that computed all of them, and of the last that did not, from which the next one goes on.
     """
 
     kv: jax.Array | QuantizedPool
     tokens: jax.Array
     sampled: jax.Array
     logits: jax.Array | None = None
+    hidden: jax.Array | None = None
 
 
 class StepOutputs(NamedTuple):
@@ -147,7 +150,9 @@ def make_step(
             candidates=out.candidates,
             prompt=_prompt_logprobs(model, hidden, inputs, vocab, max_logprobs, unroll=unroll_prompts),
         )
-        sampled = lax.dynamic_update_slice_in_dim(pools.sampled, out.token_ids, 0, axis=0)
+        # of a step without logits the next one reads nothing, but of the one before it
+        token_ids = jnp.where(inputs["counts"][5] > 0, out.token_ids, pools.sampled[: layout.num_rows])
+        sampled = lax.dynamic_update_slice_in_dim(pools.sampled, token_ids, 0, axis=0)
         return outputs, pools._replace(sampled=sampled)
 
     return step
@@ -272,14 +277,20 @@ def _forward(
     attention_backend: str,
     unroll_layers: bool,
 ) -> tuple[jax.Array, Pools]:
-    """Hidden states [T, E] of the step's tokens, T those of the program's largest shape; and the pools with them."""
+    """The residual stream [T, E] of the step's tokens, T those of the program's largest shape; and the pools."""
     inputs = program.layout.unpack(packed)
     pools = copy_blocks(pools, inputs["block_copies"], inputs["counts"][2], flatten=not unroll_layers)
     token_ids = _known_tokens(inputs["token_ids"], pools.sampled)
     pools = pools._replace(tokens=write_tokens(pools.tokens, token_ids, inputs["slot_mapping"]))
     embedded = model.embed_tokens(token_ids)
 
-    def compute(shape: StepShape, kv_pool: Pool, zero: jax.Array | int = 0) -> tuple[jax.Array, Pool]:
+    def compute(
+        shape: StepShape,
+        x: jax.Array,
+        kv_pool: Pool,
+        layers: tuple[jax.Array, jax.Array] | None = None,
+        zero: jax.Array | int = 0,
+    ) -> tuple[jax.Array, Pool]:
         own = shape.narrow(program.layout.unpack(packed + zero))
         num_single_tokens, num_tiles = own["counts"][:2]
         metadata = AttentionMetadata(
@@ -292,30 +303,38 @@ def _forward(
             num_single_tokens=num_single_tokens,
             tiles=own["tiles"],
             num_tiles=num_tiles,
+            lanes=Lanes(own["lanes"], own["lane_groups"], own["counts"][6]) if shape.lanes else None,
         )
         return model(
-            lax.dynamic_slice_in_dim(embedded, zero, shape.num_tokens),
+            x,
             own["positions"],
             kv_pool,
             metadata,
             partial(paged_attention, backend=attention_backend, decode_only=shape.decode_only),
             block_size=pools.tokens.shape[1],
             unroll=unroll_layers,
+            layers=layers,
         )
 
-    if len(program.shapes) == 1:
-        hidden, kv_pool = compute(program.layout, pools.kv)
-        return hidden, pools._replace(kv=kv_pool)
-    size, dtype = model.norm.features, model.norm.weight[...].dtype
-    carry = jnp.zeros((program.layout.num_tokens, size), dtype), pools.kv
+    if pools.hidden is None or program.layout.num_tokens == 1:
+        x, kv_pool = compute(program.layout, embedded, pools.kv)
+        return x, pools._replace(kv=kv_pool)
+    first, stop = inputs["layers"][0], jnp.minimum(inputs["layers"][1], model.config.num_layers)
+    is_part = ((first > 0) | (stop < model.config.num_layers)).astype(jnp.int32)
+    carry = pools.hidden, pools.kv
     for i, shape in enumerate(program.shapes):
 
         def compute_into(zero: jax.Array, carry: tuple[jax.Array, Pool], shape: StepShape = shape) -> Any:
-            hidden, kv_pool = compute(shape, carry[1], zero)
-            return lax.dynamic_update_slice(carry[0], hidden, (0, 0)), kv_pool
+            hidden, kv_pool = carry
+            place, size = (is_part, zero, 0), (1, shape.num_tokens, embedded.shape[1])
+            begun = lax.dynamic_slice(hidden, place, size)[0]
+            x = jnp.where(first > 0, begun, lax.dynamic_slice_in_dim(embedded, zero, shape.num_tokens))
+            x, kv_pool = compute(shape, x, kv_pool, (first, stop), zero)
+            return lax.dynamic_update_slice(hidden, x[None], place), kv_pool
 
         carry = _run_if(inputs["shape_index"][0] == i, compute_into, carry)
-    return carry[0], pools._replace(kv=carry[1])
+    pools = pools._replace(hidden=carry[0], kv=carry[1])
+    return carry[0][is_part][: program.layout.num_tokens], pools
 
 
 def _run_if(condition: jax.Array, function: Callable[[jax.Array, Carry], Carry], carry: Carry) -> Carry:

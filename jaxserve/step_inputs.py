@@ -1,23 +1,21 @@
-"""A scheduler decision → arrays in a bucketed shape, all in one host buffer.
+"""A scheduler decision → arrays in a bucketed shape (`step_shapes`), all in one host buffer.
 
-Everything that a step must know travels to the device as one int32 array. `StepProgram` is the static key of
-a compiled program; what varies from request to request is data.
+Everything that a step must know travels to the device as one int32 array.
 """
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
-from functools import cached_property
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from jaxserve.block_manager import BlockCopy
-from jaxserve.kernels.metadata import MAX_UNTILED_TOKENS, QUERY_TILE
-from jaxserve.scheduler import ScheduledRow, StepPlan
+from jaxserve.kernels.lanes import plan_lanes
+from jaxserve.kernels.metadata import QUERY_TILE
 from jaxserve.sequence import Sequence
+from jaxserve.step_plan import ALL_LAYERS, ScheduledRow, StepPlan
+from jaxserve.step_shapes import StepProgram, StepShape
 
 NO_LOGPROBS = -1
 
@@ -28,117 +26,6 @@ class SlotLookup(Protocol):
     def slot(self, sequence: Sequence) -> int: ...
 
     def num_biases(self, sequence: Sequence) -> int: ...
-
-
-@dataclass(frozen=True)
-class StepShape:
-    """Static shape of a step.
-
-    Attributes:
-        num_tokens: T, the token bucket.
-        num_rows: S, sequences at most.
-        blocks_per_row: M, blocks of one sequence at most.
-        prompt_logprobs: whether the step can report them; one bucket that does is enough.
-        decode_only: every row has one token.
-    """
-
-    num_tokens: int
-    num_rows: int
-    blocks_per_row: int
-    prompt_logprobs: bool = False
-    decode_only: bool = False
-
-    @cached_property
-    def fields(self) -> dict[str, tuple[int, ...]]:
-        """Name and shape of every input, in buffer order."""
-        T, S, M = self.num_tokens, self.num_rows, self.blocks_per_row
-        return {
-            "token_ids": (T,),  # −1 − r: the token that row r of the step before sampled
-            "positions": (T,),
-            "token_rows": (T,),
-            "slot_mapping": (T,),
-            "block_tables": (S, M),
-            "seq_lens": (S,),
-            "query_start_loc": (S + 1,),
-            "tiles": (T // QUERY_TILE + S if self.tiled else 0, 2),
-            "block_copies": (S, 2),
-            "logits_index": (S,),  # flat index of the row's last token
-            "temperature": (S,),  # float32 bits, as top_p and min_p
-            "top_p": (S,),
-            "min_p": (S,),
-            "top_k": (S,),
-            "seed_low": (S,),
-            "seed_high": (S,),
-            "choice": (S,),
-            "num_logprobs": (S,),
-            "processed_rows": (S,),  # those whose logits are changed, first
-            "slot": (S,),
-            "num_biases": (S,),
-            "prompt_len": (S,),
-            "num_counted": (S,),
-            "repetition": (S,),  # float32 bits, as frequency and presence
-            "frequency": (S,),
-            "presence": (S,),
-            "num_candidates": (S,),  # of a beam
-            # the token behind each token of a prompt whose logprobs are wanted, and where those tokens are
-            "prompt_targets": (T if self.prompt_logprobs else 0,),
-            "prompt_tokens": (T if self.prompt_logprobs else 0,),
-            # tokens attended one by one, tiles, block copies, processed rows, prompt_tokens, rows
-            "counts": (6,),
-            "shape_index": (1,),  # which of the program's
-        }
-
-    @property
-    def tiled(self) -> bool:
-        """Whether rows of several tokens are attended in tiles."""
-        return self.num_tokens > MAX_UNTILED_TOKENS and not self.decode_only
-
-    def fits(self, num_tokens: int, num_rows: int, *, prompt_logprobs: bool) -> bool:
-        """Whether a step of this shape can compute that many tokens of that many rows."""
-        only_decodes = num_tokens == num_rows
-        return (
-            num_tokens <= self.num_tokens
-            and (only_decodes or not self.decode_only)
-            and (self.prompt_logprobs or not prompt_logprobs)
-        )
-
-    @cached_property
-    def _layout(self) -> list[tuple[str, slice, tuple[int, ...]]]:
-        """Name, place and shape of every input."""
-        layout, offset = [], 0
-        for name, shape in self.fields.items():
-            count = math.prod(shape)
-            layout.append((name, slice(offset, offset + count), shape))
-            offset += count
-        return layout
-
-    @cached_property
-    def size(self) -> int:
-        """int32 elements of the buffer."""
-        return sum(math.prod(shape) for shape in self.fields.values())
-
-    def unpack(self, buffer: Any) -> dict[str, Any]:
-        """Views of (numpy) or slices of (jax) the buffer by name."""
-        return {
-            name: buffer[place] if len(shape) == 1 else buffer[place].reshape(shape)
-            for name, place, shape in self._layout
-        }
-
-    def narrow(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        """This shape's part of a larger shape's inputs."""
-        return {name: inputs[name][: shape[0]] for name, shape in self.fields.items()}
-
-
-@dataclass(frozen=True)
-class StepProgram:
-    """Shapes that one compiled program serves, in ascending order. Their inputs are laid out as those of the last,
-    which holds all the others."""
-
-    shapes: tuple[StepShape, ...]
-
-    @property
-    def layout(self) -> StepShape:
-        return self.shapes[-1]
 
 
 def pack_step(
@@ -183,10 +70,13 @@ def pack_step(
     if copies:
         inputs["block_copies"][: len(copies)] = copies
     num_single_tokens = (ends[-1] if ends else 0) - num_tiled_tokens
+    num_lane_groups = _pack_lanes(inputs, shape, num_single_tokens, block_size) if shape.lanes else 0
+    num_rows = len(plan.rows) if plan.layers == ALL_LAYERS else 0  # that have logits
     inputs["counts"][:] = (
-        num_single_tokens, len(tiles), len(copies), len(processed), num_prompt_tokens, len(plan.rows),
+        num_single_tokens, len(tiles), len(copies), len(processed), num_prompt_tokens, num_rows, num_lane_groups,
     )  # fmt: skip
     inputs["shape_index"][0] = program.shapes.index(shape)
+    inputs["layers"][:] = plan.layers
     return buffer
 
 
@@ -220,6 +110,15 @@ def _pack_tokens(inputs: Inputs, rows: list[ScheduledRow], block_size: int) -> l
     inputs["logits_index"][:S] = ends - 1
     indices: list[int] = ends.tolist()
     return indices
+
+
+def _pack_lanes(inputs: Inputs, shape: StepShape, num_single_tokens: int, block_size: int) -> int:
+    """How single tokens are attended; returns the number of groups."""
+    lens = inputs["positions"][:num_single_tokens] + 1
+    lanes, groups = plan_lanes(lens, shape.num_tokens, block_size=block_size, max_blocks=shape.blocks_per_row)
+    inputs["lanes"][: len(lanes)] = lanes
+    inputs["lane_groups"][: len(groups)] = groups
+    return len(groups)
 
 
 def _pack_prompt_targets(inputs: Inputs, row: ScheduledRow, token: int, count: int) -> int:

@@ -16,21 +16,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxserve.kernels.metadata import QUERY_TILE, AttentionMetadata
+from jaxserve.kernels.lanes import GROUP_CHUNK, chunk_size, group_size
+from jaxserve.kernels.metadata import QUERY_TILE, AttentionMetadata, Lanes
 from jaxserve.kernels.reference import QuantizedPool, quantize_kv
 
 Pool = jax.Array | QuantizedPool
 
-TOKEN_GROUP = 16
-LARGE_TOKEN_GROUP = 32  # faster if it gets full
-DECODING_BATCHES = (32, 64)  # sizes of which most tokens decode, each a multiple of the large group
-GROUP_CHUNK = 64  # tokens of K and V at a time
 # tiles of a row that are attended at once → tokens of context at a time: of what all of them see (without a sliding
 # window), and of the rest
 TILE_CHUNKS = {1: (512, 128), 2: (512, 128), 4: (512, 256)}
@@ -160,10 +158,12 @@ def paged_attention(
     context = _Context.of(kv_pool, queries, scale, sliding_window)
     K, B, M = context.num_kv_heads, context.block_size, metadata.block_tables.shape[1]
     G = H // K
-    group = min(LARGE_TOKEN_GROUP if T in DECODING_BATCHES else TOKEN_GROUP, T)
+    group = group_size(T)
     # a masked chunk may begin with a table's last block, and any chunk be longer than a table
     longest_chunk = max(GROUP_CHUNK, *(chunk for chunks in TILE_CHUNKS.values() for chunk in chunks))
     tables = jnp.pad(metadata.block_tables, ((0, 0), (0, max(1, longest_chunk // B) - 1)))
+
+    chunk = chunk_size(B, M)
 
     def token_group(g: jax.Array, out: jax.Array) -> jax.Array:
         first = g * group
@@ -172,8 +172,35 @@ def paged_attention(
         q = _slice(queries, first, group).reshape(group, K, G, D)
         block_rows = _take(tables, _slice(metadata.token_rows, first, group))
         lens = lax.select(single, positions + 1, jnp.zeros_like(positions))
-        result = _attend_tokens(q, context, block_rows, lens, max_blocks=M)
-        return _update(out, result.reshape(group, H, D), first)
+        state = _attend_tokens(q, context, block_rows, lens, chunk=chunk)
+        return _update(out, _normalize(state).reshape(group, H, D), first)
+
+    flat_tables = jnp.pad(tables.reshape(-1), (0, tables.shape[1]))
+
+    def lane_group(lanes: Lanes, g: jax.Array, out: jax.Array) -> jax.Array:
+        """Into out [≥ T + group, H, D]; what lanes of one token have seen is put together."""
+        tokens, first_blocks, lens = _slice(lanes.lanes, g * group, group).T
+        q = _take(queries, tokens).reshape(group, K, G, D)
+        starts = _take(metadata.token_rows, tokens) * tables.shape[1] + first_blocks
+        block_rows = _take(flat_tables, starts[:, None] + jnp.arange(tables.shape[1], dtype=jnp.int32))
+        state = _attend_tokens(q, context, block_rows, lens, chunk=chunk)
+        first, merged = _slice(lanes.groups, g, 1)[0]
+        out = _update(out, _normalize(state).reshape(group, H, D), first)
+
+        def put_merged(_: jax.Array, out: jax.Array) -> jax.Array:
+            return _update(out, _normalize(_merge(state)).reshape(1, H, D), merged)
+
+        return lax.fori_loop(0, (merged >= 0).astype(jnp.int32), put_merged, out)
+
+    def attend_tokens(rows: int) -> jax.Array:
+        """[≥ rows, H, D] float32: updates of anything smaller are updates of a copy."""
+        if metadata.lanes is not None:
+            out = jnp.zeros((max(rows, T + group), H, D))
+            return lax.fori_loop(0, metadata.lanes.num_groups, partial(lane_group, metadata.lanes), out)
+        out = jnp.zeros((rows, H, D))
+        if group >= T:  # one group needs no loop, and loops are most of what there is to compile
+            return token_group(jnp.int32(0), out)
+        return lax.fori_loop(0, _ceil_div(metadata.num_single_tokens, group), token_group, out)
 
     def tiles(i: jax.Array, out: jax.Array, num_tiles: int) -> jax.Array:
         """The i-th and those behind it, of the same row, into out [T + padding, H, D]."""
@@ -203,19 +230,14 @@ def paged_attention(
         out = lax.fori_loop(0, take_most, lambda zero, out: tiles(i + zero, out, most), out)
         return i + left, out
 
-    if group >= T:  # one group needs no loop, and loops are most of what there is to compile
-        return token_group(jnp.int32(0), jnp.zeros(queries.shape)).astype(queries.dtype)
-    num_groups = _ceil_div(metadata.num_single_tokens, group)
     if metadata.tiles.shape[0] == 0:
-        out = lax.fori_loop(0, num_groups, token_group, jnp.zeros(queries.shape))
-        return out.astype(queries.dtype)
+        return attend_tokens(T)[:T].astype(queries.dtype)
     # Of n tiles taken at once half or more have tokens, so they reach less than n / 2 tiles past T, or one if n is 1.
     # One tile that is taken as two reaches less than two past it, and is so only where the most is four.
     padding = max(1, most // 2) * QUERY_TILE
     padded_queries = jnp.pad(queries, ((0, padding), (0, 0), (0, 0)))
     tile_rows = jnp.pad(metadata.tiles[:, 0], (0, most - 1))
-    # float32: updates of anything smaller are updates of a copy
-    out = lax.fori_loop(0, num_groups, token_group, jnp.zeros(padded_queries.shape))
+    out = attend_tokens(T + padding)
     _, out = lax.while_loop(lambda carry: carry[0] < metadata.num_tiles, next_tiles, (jnp.int32(0), out))
     return out[:T].astype(queries.dtype)
 
@@ -300,13 +322,12 @@ class KV(NamedTuple):
 
 
 def _attend_tokens(
-    q: jax.Array, context: _Context, block_rows: jax.Array, lens: jax.Array, *, max_blocks: int
-) -> jax.Array:
-    """q [R, K, G, D] of single tokens, each the last of lens [R], in blocks block_rows [R, ≥ max_blocks] → [R, K, G,
-    D] float32."""
+    q: jax.Array, context: _Context, block_rows: jax.Array, lens: jax.Array, *, chunk: int
+) -> State:
+    """q [R, K, G, D] of single tokens, each of which sees the first lens [R] tokens in blocks block_rows [R, M] → what
+    it has seen, [R, K, G] each and [R, K, G, D]."""
     R, K, G, D = q.shape
-    blocks_per_chunk = max(1, min(GROUP_CHUNK // context.block_size, max_blocks))
-    chunk = blocks_per_chunk * context.block_size
+    blocks_per_chunk = chunk // context.block_size
     heads = jnp.arange(K, dtype=jnp.int32)[None, :, None]
     window = context.sliding_window
     last_chunk = _ceil_div(jnp.max(lens), chunk)
@@ -337,7 +358,21 @@ def _attend_tokens(
         return new_peak, total * rescale + jnp.sum(weights, axis=-1), acc * rescale[..., None] + out
 
     start = (jnp.full((R, K, G), MASKED), jnp.zeros((R, K, G)), jnp.zeros((R, K, G, D)))
-    _, total, acc = lax.fori_loop(first_chunk, last_chunk, body, start)
+    state: State = lax.fori_loop(first_chunk, last_chunk, body, start)
+    return state
+
+
+def _merge(state: State) -> State:
+    """What all lanes have seen together, [1, K, G] each and [1, K, G, D]."""
+    peaks, totals, accs = state
+    peak = jnp.max(peaks, axis=0, keepdims=True)
+    weights = jnp.exp(peaks - peak)
+    total = jnp.sum(weights * totals, axis=0, keepdims=True)
+    return peak, total, jnp.sum(weights[..., None] * accs, axis=0, keepdims=True)
+
+
+def _normalize(state: State) -> jax.Array:
+    _, total, acc = state
     return acc / jnp.maximum(total, 1e-30)[..., None]
 
 
@@ -367,8 +402,7 @@ def _attend_tiles(
         first = lax.div(jnp.maximum(position - window + 1, 0), jnp.int32(short))
     last = _ceil_div(position + tokens, short)
     states = lax.fori_loop(first, last, _chunks(q, context, table, short, visible), states)
-    results = [acc / jnp.maximum(total, 1e-30)[..., None] for _, total, acc in states]
-    return jnp.stack(results).reshape(K, Q, D)
+    return jnp.stack([_normalize(state) for state in states]).reshape(K, Q, D)
 
 
 def _parts(K: int) -> int:

@@ -11,6 +11,14 @@ QUERY_TILE = 64  # tokens of one prefill tile
 MAX_UNTILED_TOKENS = 32  # batches up to this size are attended token by token, without tiles
 
 
+class Lanes(NamedTuple):
+    """How single tokens are attended: what `lanes.plan_lanes` says, padded, and how many groups that is."""
+
+    lanes: jax.Array
+    groups: jax.Array
+    num_groups: jax.Array
+
+
 class AttentionMetadata(NamedTuple):
     """One token-flattened batch. Rows of exactly one token come first.
 
@@ -28,6 +36,7 @@ class AttentionMetadata(NamedTuple):
         tiles: [num_tiles_max, 2] int32; (row, first token) of each run of at most QUERY_TILE tokens of the
             other rows, in ascending order of first token; [0, 2] in a batch of at most MAX_UNTILED_TOKENS.
         num_tiles: [] int32.
+        lanes: how single tokens are attended by `blocked_attention`; None: each in a lane of its own.
     """
 
     block_tables: jax.Array
@@ -39,6 +48,7 @@ class AttentionMetadata(NamedTuple):
     num_single_tokens: jax.Array
     tiles: jax.Array
     num_tiles: jax.Array
+    lanes: Lanes | None = None
 
     def shifted(self, num_blocks: int | jax.Array, block_size: int) -> AttentionMetadata:
         """The same batch with its blocks that many further on: another layer's, where layers share an array."""

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxserve.kernels import blocked_attention, pallas_tpu_layout, reference
+from jaxserve.kernels import blocked_attention, lanes, pallas_tpu_layout, reference
 from jaxserve.kernels.blocked_attention import kv_dtype, reinterpret, storage_dtype
 from jaxserve.kernels.metadata import AttentionMetadata
 from jaxserve.kernels.reference import QuantizedPool
@@ -190,7 +190,7 @@ def _run_mosaic_gpu(r: Request) -> tuple[jax.Array, jax.Array | QuantizedPool]:
 def _unsupported_by_blocked(request: Request, _: str) -> str | None:
     if request.soft_cap is not None:
         return "it has no soft cap"
-    T, group = request.queries.shape[0], blocked_attention.TOKEN_GROUP
+    T, group = request.queries.shape[0], lanes.TOKEN_GROUP
     if group < T and T % group:
         return f"{T} tokens are neither at most {group} nor a multiple of it"
     pool = request.pool_values

@@ -24,7 +24,7 @@ from jaxserve.models.llama import Llama
 from jaxserve.sharding import EVERYWHERE, SHARDED, DeviceGroup, TensorParallel, VocabShard, shard_config
 from jaxserve.slot_tables import MAX_BIASES
 from jaxserve.step import ModelDefinition, Pools, make_step
-from jaxserve.step_inputs import StepProgram, StepShape
+from jaxserve.step_shapes import StepProgram, StepShape
 from jaxserve.weight_layouts import loop_copies_table
 
 BACKENDS = {"tpu": "pallas_tpu", "gpu": "pallas_triton"}

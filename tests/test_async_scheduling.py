@@ -16,7 +16,7 @@ from jaxserve.engine import Engine
 from jaxserve.messages import AbortRequest, AddRequest, SequenceOutput
 from jaxserve.model_runner import ModelRunner, StepResult
 from jaxserve.sampling_params import SamplingParams
-from jaxserve.scheduler import StepPlan
+from jaxserve.step_plan import StepPlan
 from tests.tiny_llama import BASE
 
 V = BASE["vocab_size"]

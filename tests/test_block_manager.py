@@ -2,94 +2,42 @@
 
 from __future__ import annotations
 
-import itertools
 from collections import deque
-from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, precondition, rule
+from hypothesis.stateful import (
+    Bundle,
+    RuleBasedStateMachine,
+    consumes,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+)
 
-from jaxserve.block_manager import NULL_BLOCK, BlockManager
-from jaxserve.config import SchedulerConfig, SpeculativeConfig
+from jaxserve.block_manager import NULL_BLOCK
+from jaxserve.config import SpeculativeConfig
 from jaxserve.sampling_params import SamplingParams
-from jaxserve.scheduler import Scheduler, StepPlan
+from jaxserve.scheduler import Scheduler
 from jaxserve.sequence import Sequence, SequenceStatus
 from jaxserve.speculation import DraftRow, Speculation
-from jaxserve.step_inputs import StepShape
+from jaxserve.step_plan import StepPlan
+from jaxserve.step_shapes import StepShape
 from jaxserve.waiting_queue import urgency
 from tests.always_drafts import AlwaysDrafts
-
-BLOCK_SIZE = 4
-MAX_MODEL_LEN = 24
-arrivals = itertools.count()
-
-
-def make_sequence(
-    name: str,
-    prompt: list[int],
-    *,
-    n: int = 1,
-    max_tokens: int = 8,
-    salt: str | None = None,
-    params: SamplingParams | None = None,
-    priority: int = 0,
-    max_model_len: int = MAX_MODEL_LEN,
-) -> Sequence:
-    """The first sequence of a request with its siblings attached; requests arrive in the order of these calls."""
-    order = priority, next(arrivals)
-    params = params or SamplingParams(max_tokens=max_tokens, n=n)
-    sequences = [
-        Sequence(
-            name,
-            i,
-            prompt,
-            params,
-            seed=0,
-            max_model_len=max_model_len,
-            eos_token_ids=(0,),
-            cache_salt=salt,
-            order=order,
-        )
-        for i in range(params.n)
-    ]
-    sequences[0].siblings = sequences[1:]
-    return sequences[0]
-
-
-def make_scheduler(
-    *,
-    num_blocks: int = 13,
-    max_num_seqs: int = 4,
-    budget: int = 8,
-    caching: bool = True,
-    chunked: bool = True,
-    **more: Any,
-) -> Scheduler:
-    config = SchedulerConfig(
-        max_model_len=more.pop("max_model_len", MAX_MODEL_LEN),
-        max_num_seqs=max_num_seqs,
-        max_num_batched_tokens=budget,
-        block_size=BLOCK_SIZE,
-        num_blocks=num_blocks,
-        enable_prefix_caching=caching,
-        enable_chunked_prefill=chunked,
-        **more,
-    )
-    return Scheduler(config, BlockManager(config))
-
-
-def run_step(scheduler: Scheduler, next_token: int = 1) -> StepPlan:
-    """Schedule and pretend that the device sampled `next_token` in every row that samples."""
-    plan = scheduler.schedule()
-    for row in plan.rows:
-        if row.samples:
-            row.sequence.append_token(next_token)
-        if row.sequence.status is SequenceStatus.FINISHED:
-            scheduler.finish(row.sequence)
-    return plan
+from tests.scheduling import (
+    BLOCK_SIZE,
+    MAX_MODEL_LEN,
+    arrivals,
+    make_scheduler,
+    make_sequence,
+    names,
+    rows_of,
+    run_step,
+)
 
 
 def always_drafting(scheduler: Scheduler) -> Speculation:
@@ -112,13 +60,16 @@ class UnderWay(NamedTuple):
 
 class EngineStates(RuleBasedStateMachine):
     """Random arrivals, steps and aborts against a pool that is much too small for them. Steps are decided before
-    and after the results of the one before are known, with guessed tokens among them."""
+    and after the results of the one before are known, with guessed tokens among them. Long prompts are held back by
+    tokens, or by layers."""
 
     requests: Bundle[Sequence] = Bundle("requests")
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.scheduler = make_scheduler(long_prefill_token_threshold=3, token_buckets=(1, 2, 4, 8))
+    @initialize(num_layers=st.sampled_from([0, 3]))
+    def begin_empty(self, num_layers: int) -> None:
+        self.scheduler = make_scheduler(
+            num_layers=num_layers, long_prefill_token_threshold=3, token_buckets=(1, 2, 4, 8)
+        )
         self.speculation = always_drafting(self.scheduler)
         self.count = 0
         self.written: dict[int, list[int | None]] = {}  # block → the token whose KV each slot holds
@@ -169,6 +120,9 @@ class EngineStates(RuleBasedStateMachine):
             if row.sequence.status is SequenceStatus.FINISHED:
                 self.scheduler.finish(row.sequence)
         self.speculation.settle(plan, 1.0)
+        self.scheduler.layered.settle(
+            plan, 1.0
+        )  # so that chunks take a layer a step, or two where they are short
         for s in {row.sequence for row in plan.rows if isinstance(row, DraftRow)}:
             assert len(s.block_table) == -(-s.num_computed_tokens // BLOCK_SIZE), "a draft keeps a block"
 
@@ -363,19 +317,14 @@ def test_a_long_prompt_alone_takes_the_whole_budget() -> None:
     assert [run_step(scheduler).num_tokens for _ in range(3)] == [8, 8, 4]
 
 
-def test_short_prompts_are_computed_beside_a_long_one_and_long_ones_share() -> None:
-    scheduler = make_scheduler(**PACED)
+def test_short_prompts_are_computed_beside_a_long_one_and_the_next_long_one_holds_up_nobody() -> None:
+    scheduler = make_scheduler(**PACED, max_num_seqs=5)
     scheduler.add(make_sequence("stream", [2, 2], max_tokens=20))
     run_step(scheduler)
-    for name, length in (("long", 20), ("short", 3), ("other", 20), ("behind", 1)):
+    for name, length in (("long", 20), ("short", 2), ("other", 20), ("behind", 1)):
         scheduler.add(make_sequence(name, [1] * length))
-    rows = run_step(scheduler).rows
-    assert [(row.sequence.request_id, row.num_tokens) for row in rows] == [
-        ("stream", 1),
-        ("long", 4),
-        ("short", 3),
-    ]
-    assert names(scheduler.waiting) == ["other", "behind"]
+    assert rows_of(run_step(scheduler)) == [("stream", 1), ("behind", 1), ("long", 4), ("short", 2)]
+    assert names(scheduler.running) == ["stream", "long", "short", "other", "behind"]
 
 
 def test_what_is_cached_does_not_make_a_prompt_long() -> None:
@@ -479,10 +428,6 @@ def test_the_youngest_is_preempted_and_computed_again_first() -> None:
         assert [s.request_id for s in scheduler.running] in (["old"], [])
         run_step(scheduler)
     assert old.status is SequenceStatus.FINISHED
-
-
-def names(sequences: Iterable[Sequence]) -> list[str]:
-    return [sequence.request_id for sequence in sequences]
 
 
 def test_the_lowest_priority_comes_first_and_equal_ones_as_they_arrived() -> None:

@@ -18,10 +18,10 @@ from jaxserve.config import EngineConfig
 from jaxserve.engine import Engine
 from jaxserve.errors import RequestError
 from jaxserve.messages import AbortRequest, AddRequest, SequenceOutput
-from jaxserve.model_runner import PROGRAM_BYTES_GUESS, ModelRunner, step_programs, step_shapes, token_buckets
+from jaxserve.model_runner import PROGRAM_BYTES_GUESS, ModelRunner
 from jaxserve.sampling_params import SamplingParams
 from jaxserve.step import logits_sizes
-from jaxserve.step_inputs import StepShape
+from jaxserve.step_shapes import StepShape, step_programs, step_shapes, token_buckets
 from tests.argmax_sampler import argmax_alone
 
 TINY = {

@@ -11,8 +11,8 @@ import pytest
 
 ROOT = Path(__file__).parents[1] / "jaxserve"
 RANKS = [  # from the bottom up; modules of one rank do not import each other
-    "errors kernels kernels.metadata token_bound weight_layouts",
-    "config sampling_params kernels.reference",
+    "errors kernels kernels.lanes kernels.metadata token_bound weight_layouts",
+    "config sampling_params kernels.reference step_shapes",
     "kernels.pallas_tpu_layout", "kernels.pallas_tpu_common", "kernels.pallas_tpu_decode kernels.pallas_tpu_prefill",
     "constraints constraints.constraint constraints.backends", "constraints.backends.base",
     "messages constraints.text_constraint compilation demo_model",
@@ -20,7 +20,7 @@ RANKS = [  # from the bottom up; modules of one rank do not import each other
     "models models.config",
     "sequence models.rope kernels.paged_attention sharding", "models.layers logits_processors",
     "block_manager models.loader.checkpoint models.loader.hub models.loader.gguf models.loader.safetensors",
-    "waiting_queue",
+    "waiting_queue step_plan", "layered_prefill padding",
     "models.loader.dummy scheduler", "models.loader tokenizer step_inputs slot_tables",
     "models.llama sampler detokenizer gguf_tokenizer",
     "generation_config chat_template killable_worker kv_cache step beam_search", "template_worker",

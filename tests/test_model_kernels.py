@@ -19,10 +19,11 @@ from jaxserve.kernels.paged_attention import PoolShape, paged_attention, pool_st
 from jaxserve.models.config import ModelConfig
 from jaxserve.models.llama import Llama
 from jaxserve.sampling_params import SamplingParams
-from jaxserve.scheduler import ScheduledRow, StepPlan
 from jaxserve.sequence import Sequence
 from jaxserve.step import ModelDefinition
-from jaxserve.step_inputs import StepProgram, StepShape, pack_step
+from jaxserve.step_inputs import pack_step
+from jaxserve.step_plan import ScheduledRow, StepPlan
+from jaxserve.step_shapes import StepProgram, StepShape
 from tests.tiny_llama import tiny_config
 
 pytestmark = pytest.mark.heavy

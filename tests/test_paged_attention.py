@@ -12,7 +12,16 @@ from hypothesis import strategies as st
 from jaxserve.block_manager import BlockCopy
 from jaxserve.kernels import pallas_tpu_layout, reference
 from jaxserve.kernels.blocked_attention import EXP2_16_BITS, EXP2_32_BITS, exp2, reinterpret
-from jaxserve.kernels.metadata import AttentionMetadata
+from jaxserve.kernels.lanes import (
+    GROUP_CHUNK,
+    MAX_SPLITS,
+    NOT_SPLIT,
+    group_size,
+    max_groups,
+    max_lanes,
+    plan_lanes,
+)
+from jaxserve.kernels.metadata import AttentionMetadata, Lanes
 from jaxserve.kernels.paged_attention import (
     PoolShape,
     Request,
@@ -25,10 +34,11 @@ from jaxserve.kernels.paged_attention import (
 )
 from jaxserve.kernels.reference import QuantizedPool
 from jaxserve.sampling_params import SamplingParams
-from jaxserve.scheduler import ScheduledRow, StepPlan
 from jaxserve.sequence import Sequence
 from jaxserve.step import Pools, copy_blocks
-from jaxserve.step_inputs import StepProgram, StepShape, pack_step
+from jaxserve.step_inputs import pack_step
+from jaxserve.step_plan import ScheduledRow, StepPlan
+from jaxserve.step_shapes import StepProgram, StepShape
 
 BLOCK_SIZE = 16
 NUM_BLOCKS = 160
@@ -53,9 +63,14 @@ def make_plan(
 
 
 def metadata_of(
-    plan: StepPlan, bucket: int, block_size: int = BLOCK_SIZE, max_model_len: int = MAX_MODEL_LEN
+    plan: StepPlan,
+    bucket: int,
+    block_size: int = BLOCK_SIZE,
+    max_model_len: int = MAX_MODEL_LEN,
+    *,
+    lanes: bool = False,
 ) -> AttentionMetadata:
-    shape = StepShape(bucket, min(bucket, 64), -(-max_model_len // block_size))
+    shape = StepShape(bucket, min(bucket, 64), -(-max_model_len // block_size), lanes=lanes)
     inputs = {
         k: jnp.asarray(v)
         for k, v in shape.unpack(pack_step(plan, StepProgram((shape,)), shape, block_size)).items()
@@ -70,7 +85,12 @@ def metadata_of(
         "slot_mapping",
         "tiles",
     )
-    return AttentionMetadata(**{n: inputs[n] for n in names}, num_single_tokens=single, num_tiles=num_tiles)
+    return AttentionMetadata(
+        **{n: inputs[n] for n in names},
+        num_single_tokens=single,
+        num_tiles=num_tiles,
+        lanes=Lanes(inputs["lanes"], inputs["lane_groups"], inputs["counts"][6]) if lanes else None,
+    )
 
 
 def to_blocked(pool: Pool) -> Pool:
@@ -99,7 +119,7 @@ def run_both(
     H, K, D = heads
     rng = np.random.RandomState(0)
     plan = make_plan(rows, rng, block_size)
-    metadata = metadata_of(plan, bucket, block_size, max_model_len)
+    metadata = metadata_of(plan, bucket, block_size, max_model_len, lanes=window is None)
     context = np.zeros((NUM_BLOCKS, 2, K, block_size, D), np.float32)
     for row in plan.rows:
         for position in range(row.sequence.num_computed_tokens):
@@ -133,6 +153,12 @@ CASES = {
     "four tiles at a time and two": ([(600, 130), (1030, 66), (511, 40)], 256),
     "two tiles at a time and one": ([(520, 66), (513, 50)], 128),
     "one tile behind a long context": ([(1100, 60)], 64),
+    "one stream far ahead of the others": ([(5 * i, 1) for i in range(15)] + [(1233, 1)], 16),
+    "three streams far ahead, in two groups": (
+        [(620, 1), (560, 1), *((i % 15, 1) for i in range(37)), (600, 1)],
+        64,
+    ),
+    "one stream far ahead, beside a prompt": ([(1233, 1), (40, 1), (3, 1), (0, 70)], 128),
 }
 
 
@@ -206,6 +232,50 @@ def test_any_batch(rows: list[tuple[int, int]], window: int | None) -> None:
     bucket = 512 if sum(n for _, n in rows) > 64 else 64
     ours, expected, n = run_both(rows, bucket, (4, 2, 8), window, "float32")
     np.testing.assert_allclose(ours[:n], expected[:n], rtol=1e-5, atol=1e-6)
+
+
+def chunks_taken(lanes: np.ndarray, size: int) -> int:
+    """How long the groups take."""
+    return int(sum(-(-lanes[i : i + size, 2].max() // GROUP_CHUNK) for i in range(0, len(lanes), size)))
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    st.lists(st.integers(1, 9000) | st.integers(1, 300), min_size=1, max_size=64),
+    st.sampled_from([16, 64, 256]),
+)
+def test_lanes_cover_each_context_once_and_take_no_longer_than_one_for_each(
+    lens: list[int], block_size: int
+) -> None:
+    batch = next(size for size in (1, 8, 16, 32, 64, 128, 256) if size >= len(lens))
+    size = group_size(batch)
+    lanes, groups = plan_lanes(
+        np.array(lens, np.int32), batch, block_size=block_size, max_blocks=9000 // block_size + 1
+    )
+    assert len(lanes) == size * len(groups) <= max_lanes(batch)
+    assert len(groups) <= max_groups(batch)
+    parts: dict[int, list[tuple[int, int]]] = {}
+    for token, block, length in lanes.tolist():
+        assert 0 <= token < batch
+        if length:
+            parts.setdefault(token, []).append((block * block_size, block * block_size + length))
+    for token, length in enumerate(lens):
+        ends = [0, *(end for _, end in parts[token])]
+        assert ends[-1] == length
+        assert [start for start, _ in parts[token]] == ends[:-1]
+    merged = [token for _, token in groups.tolist() if token != NOT_SPLIT]
+    assert sorted(merged) == sorted(token for token, own in parts.items() if len(own) > 1)
+    assert len(merged) <= MAX_SPLITS
+    whole = np.zeros((-(-len(lens) // size) * size, 3), np.int32)
+    whole[: len(lens), 2] = lens
+    if block_size <= GROUP_CHUNK:
+        assert chunks_taken(lanes, size) + len(merged) <= chunks_taken(whole, size)
+
+
+def test_a_long_context_does_not_hold_up_short_ones() -> None:
+    lanes, groups = plan_lanes(np.array([400] * 15 + [7900], np.int32), 16, block_size=64, max_blocks=128)
+    assert groups.tolist() == [[0, NOT_SPLIT], [16, 15]]
+    assert chunks_taken(lanes, 16) == 7 + 8  # instead of 124
 
 
 @pytest.mark.parametrize(("polynomial", "tolerance"), [(EXP2_16_BITS, 4e-6), (EXP2_32_BITS, 2e-7)])

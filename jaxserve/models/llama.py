@@ -144,19 +144,21 @@ class Llama(nnx.Module):
         *,
         block_size: int,
         unroll: bool,
+        layers: tuple[LayerIndex, LayerIndex] | None = None,
     ) -> tuple[jax.Array, Pool]:
-        """Hidden states of this step's tokens.
+        """The residual stream of this step's tokens.
 
         Args:
-            x: [T, E] float32; `embed_tokens` of the tokens.
+            x: [T, E] float32; `embed_tokens` of the tokens, or what the layers before made of it.
             positions: [T] int32.
             kv_pool: of all layers: [L, N, …] with the rest as `attend` wants it.
             attend: `kernels.paged_attention`, or a partial application of it.
             block_size: B.
             unroll: compile every layer on its own instead of one for all.
+            layers: the first one and the one to stop before, if they are not all to be computed; not with `unroll`.
 
         Returns:
-            (hidden [T, E], the updated kv_pool).
+            (x [T, E] float32 behind these layers, the updated kv_pool).
         """
         num_layers = self.config.num_layers
         num_blocks = jax.tree.leaves(kv_pool)[0].shape[1]
@@ -180,9 +182,10 @@ class Llama(nnx.Module):
             for layer in range(num_layers):
                 carry = compute_layer(layer, carry)
         else:
-            carry = lax.fori_loop(0, num_layers, compute_layer, carry)
+            first, stop = layers or (0, num_layers)
+            carry = lax.fori_loop(first, stop, compute_layer, carry)
         x, flat_pool = carry
-        return self.norm(x), jax.tree.map(lambda a, shaped: a.reshape(shaped.shape), flat_pool, kv_pool)
+        return x, jax.tree.map(lambda a, shaped: a.reshape(shaped.shape), flat_pool, kv_pool)
 
     def _queries_keys_values(
         self, layer: LayerIndex, x: jax.Array, cos: jax.Array, sin: jax.Array
@@ -218,8 +221,9 @@ class Llama(nnx.Module):
         out: jax.Array = lax.switch(layer, [partial(_call, part(module)) for module in self.layers], inputs)
         return out
 
-    def logits(self, hidden: jax.Array) -> jax.Array:
-        """hidden [R, E] → [R, V] float32; a chip's share, its padding included."""
+    def logits(self, x: jax.Array) -> jax.Array:
+        """x [R, E] behind all layers → [R, V] float32; a chip's share, its padding included."""
+        hidden = self.norm(x)
         return self.embed_tokens.logits(hidden) if self.lm_head is None else self.lm_head.product(hidden)
 
 

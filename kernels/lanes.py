@@ -1,0 +1,95 @@
+"""Which lanes single tokens are attended in, where all lanes of a group take as long as the longest context in it.
+
+As a rule each token has a lane. Where the contexts of a few are much longer than those of the others, each of these is
+attended by itself, its context split over all lanes of a group (Flash-Decoding, Dao et al. 2023), and the rest of the
+group is done sooner: one stream at the end of a long context does not make all others wait for it.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+TOKEN_GROUP = 16
+LARGE_TOKEN_GROUP = 32  # faster if it gets full
+DECODING_BATCHES = (32, 64)  # sizes of which most tokens decode, each a multiple of the large group
+GROUP_CHUNK = 64  # tokens of context at a time
+MAX_SPLITS = 8  # tokens of a step
+SPLIT_COST = 1  # of a token by itself, in chunks of a group
+WORTH_WHILE = 8  # chunks that the longest context must have
+
+NOT_SPLIT = -1
+
+
+class Lanes(NamedTuple):
+    """lanes [n · R, 3] int32: each one's token, the first block of its part of the context, and how many tokens that
+    part has. groups [n, 2] int32: where each group of R lanes puts its results, and the token whose parts they are, or
+    NOT_SPLIT."""
+
+    lanes: npt.NDArray[np.int32]
+    groups: npt.NDArray[np.int32]
+
+
+def group_size(num_tokens: int) -> int:
+    """R, lanes of a group in batches of so many tokens, padding included."""
+    return min(LARGE_TOKEN_GROUP if num_tokens in DECODING_BATCHES else TOKEN_GROUP, num_tokens)
+
+
+def max_lanes(num_tokens: int) -> int:
+    """Lanes that batches of at most so many tokens need at most."""
+    return num_tokens + MAX_SPLITS * LARGE_TOKEN_GROUP
+
+
+def max_groups(num_tokens: int) -> int:
+    """Groups likewise."""
+    return -(-num_tokens // TOKEN_GROUP) + MAX_SPLITS
+
+
+def chunk_size(block_size: int, max_blocks: int) -> int:
+    """Tokens of context at a time, whole blocks of at most `max_blocks`."""
+    return max(1, min(GROUP_CHUNK // block_size, max_blocks)) * block_size
+
+
+def plan_lanes(lens: npt.NDArray[np.int32], num_tokens: int, *, block_size: int, max_blocks: int) -> Lanes:
+    """Lanes for the first tokens of a batch of `num_tokens`, padding included, which attend to `lens` [≤ num_tokens]
+    tokens each."""
+    R = group_size(num_tokens)
+    num_groups = -(-len(lens) // R)
+    own = np.zeros((num_groups * R, 3), np.int32)
+    own[:, 0] = np.arange(num_groups * R)
+    own[: len(lens), 2] = lens
+    groups = np.full((num_groups, 2), NOT_SPLIT, np.int32)
+    groups[:, 0] = np.arange(num_groups) * R
+    chunk = chunk_size(block_size, max_blocks)
+    split = _worth_splitting(-(-own[:, 2].reshape(-1, R) // chunk))
+    if not split:
+        return Lanes(own, groups)
+    parts = np.zeros((len(split), R, 3), np.int32)
+    for part, token in zip(parts, split, strict=True):
+        share = -(-lens[token] // (R * chunk)) * chunk
+        offsets = np.arange(R) * share
+        part[:, 0], part[:, 1] = token, offsets // block_size
+        part[:, 2] = np.clip(lens[token] - offsets, 0, share)
+    own[split, 2] = 0
+    merged = [(num_tokens, token) for token in split]
+    return Lanes(
+        np.concatenate([own, parts.reshape(-1, 3)]), np.concatenate([groups, np.array(merged, np.int32)])
+    )
+
+
+def _worth_splitting(chunks: npt.NDArray[np.int32]) -> list[int]:
+    """The tokens to split, of groups [n, R] with so many chunks of context each: those without which a group saves more
+    than they take by themselves."""
+    if chunks.size == 0 or chunks.max() < WORTH_WHILE:
+        return []
+    alone = -(-chunks // chunks.shape[1]) + SPLIT_COST
+    is_longer = chunks[:, None, :] > chunks[:, :, None]
+    costs = chunks + np.sum(
+        is_longer * alone[:, None, :], axis=-1
+    )  # if all that is longer than the j-th is split
+    best = costs == costs.min(axis=-1, keepdims=True)
+    limits = np.max(np.where(best, chunks, 0), axis=-1, keepdims=True)
+    tokens: list[int] = np.flatnonzero(chunks > limits).tolist()
+    return sorted(tokens, key=lambda token: -chunks.flat[token])[:MAX_SPLITS]
