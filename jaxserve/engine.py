@@ -80,6 +80,8 @@ class Engine:
         self._beams = Beams(self.scheduler)
         self._arrivals = itertools.count()
         self._seeds = random.Random(seed)
+        self._last_plan: StepPlan | None = None  # whose time is not known yet
+        self._waiting_since = 0.0
         self._last_step_s = 0.0
         self._last_num_tokens = 0
 
@@ -156,14 +158,18 @@ class Engine:
         """Give the device what it can compute next, then wait for the oldest step that it has."""
         started = time.monotonic()
         self._run_ahead()
+        self._count_time()
         plan, result = self._under_way.popleft()
         if plan.is_layered:
             result.wait()
         outputs = self._update(plan, result)
-        self._last_step_s, self._last_num_tokens = time.monotonic() - started, plan.num_tokens
-        self.scheduler.layered.settle(plan, self._last_step_s)
+        self._last_plan = plan
+        done = plan.layers[1] >= self.limits.num_layers  # a chunk counts with its last layer
+        self._last_step_s, self._last_num_tokens = time.monotonic() - started, plan.num_tokens * done
         if self.speculation is not None:
-            self.speculation.settle(plan, self._last_step_s)
+            self.speculation.settle(plan)
+        if not self.has_work:  # it may be long before the next one
+            self._count_time()
         return StepOutputs(outputs=outputs, stats=self.stats())
 
     def stats(self) -> EngineStats:
@@ -221,6 +227,16 @@ class Engine:
         """Sequences whose next mask depends on this step's tokens sit out the next one if it begins at once, and run
         only every other step: a few may, so that all others need not wait for the host. Drafts are worth the wait."""
         return plan.num_drafts > 0 or plan.num_held * MIN_SHARE_AHEAD > len(plan.rows)
+
+    def _count_time(self) -> None:
+        """Of the last step, from when the device had it and the host waited until the same is true of the next one."""
+        now = time.monotonic()
+        plan, self._last_plan = self._last_plan, None
+        if plan is not None:
+            self.scheduler.layered.settle(plan, now - self._waiting_since)
+            if self.speculation is not None:
+                self.speculation.count_time(now - self._waiting_since)
+        self._waiting_since = now
 
     # --- one step's aftermath -------------------------------------------------------------------------------
 

@@ -235,13 +235,15 @@ class Payoff:
                 self._steps_since_probe = 0
         return counts
 
-    def settle(self, num_rows: int, num_drafts: int, num_accepted: int, seconds: float) -> None:
-        """A step of `num_rows` rows and, beside them, `num_drafts` drafts has taken so long."""
+    def settle(self, num_rows: int, num_drafts: int, accepted: list[int], seconds: float) -> None:
+        """A step of `num_rows` rows and, beside them, `num_drafts` drafts has taken so long; of those of each sequence
+        that had any, so many were right."""
         seconds = self._times.add(num_rows, num_drafts, seconds)
         plain = self._times.plain(num_rows)
         gained = CREDIT_A_STEP
         if num_drafts and plain is not None:
-            gained = num_accepted / num_rows - (seconds - plain) / plain
+            saved = sum(1.0 - 1.0 / (1 + count) for count in accepted) / num_rows  # as in `_savings`
+            gained = 1.0 - (1.0 - saved) * seconds / plain
         self._credit = min(self._credit + gained, MAX_CREDIT)
         self._num_drafting = self._num_drafting + 1 if num_drafts else 0
 
@@ -316,6 +318,9 @@ class Speculation:
         self._drafters: WeakKeyDictionary[Sequence, _Drafter] = WeakKeyDictionary()
         self._rate = FIRST_RATE
         self.payoff = Payoff(shapes)
+        self._settled: tuple[int, int, list[int]] | None = (
+            None  # rows, drafts, how many of each sequence were right
+        )
         self.num_drafts = 0
         self.num_draft_tokens = 0
         self.num_accepted_tokens = 0
@@ -348,17 +353,24 @@ class Speculation:
         for index, row in enumerate(plan.rows):
             row.sequence.sampled_row = index
 
-    def settle(self, plan: StepPlan, seconds: float) -> None:
-        """The plan's results have been taken; it took so long."""
+    def settle(self, plan: StepPlan) -> None:
+        """The plan's results have been taken."""
+        self._settled = None
         if not _only_decodes(plan):
             return
-        num_accepted = 0
+        accepted = []
         for sequence, rows in itertools.groupby(plan.rows, key=lambda row: row.sequence):
             drafts = [row for row in rows if isinstance(row, DraftRow)]
             if drafts:
-                num_accepted += self._learn(sequence, [draft.accepted for draft in drafts])
-        self.num_accepted_tokens += num_accepted
-        self.payoff.settle(len(plan.rows) - plan.num_drafts, plan.num_drafts, num_accepted, seconds)
+                accepted.append(self._learn(sequence, [draft.accepted for draft in drafts]))
+        self.num_accepted_tokens += sum(accepted)
+        self._settled = len(plan.rows) - plan.num_drafts, plan.num_drafts, accepted
+
+    def count_time(self, seconds: float) -> None:
+        """The plan that was settled last took so long, from when it was the next one to be done until the one behind it
+        was: behind drafts the device waits for the host, which is part of what they cost."""
+        if self._settled is not None:
+            self.payoff.settle(*self._settled, seconds)
 
     def _propose(self, row: ScheduledRow) -> Proposal | None:
         """None if nothing is to be guessed, or if what the row's logits are changed by cannot be told ahead."""

@@ -19,5 +19,5 @@ class AlwaysDrafts(Payoff):
             room -= counts[-1]
         return counts
 
-    def settle(self, num_rows: int, num_drafts: int, num_accepted: int, seconds: float) -> None:
+    def settle(self, num_rows: int, num_drafts: int, accepted: list[int], seconds: float) -> None:
         """Nothing is learned."""

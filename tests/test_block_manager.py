@@ -119,7 +119,8 @@ class EngineStates(RuleBasedStateMachine):
                 row.sequence.append_token(token)
             if row.sequence.status is SequenceStatus.FINISHED:
                 self.scheduler.finish(row.sequence)
-        self.speculation.settle(plan, 1.0)
+        self.speculation.settle(plan)
+        self.speculation.count_time(1.0)
         self.scheduler.layered.settle(
             plan, 1.0
         )  # so that chunks take a layer a step, or two where they are short

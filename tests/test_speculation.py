@@ -260,21 +260,21 @@ def simulate(
         counts = (
             payoff.choose(num_rows, proposals, 256 - num_rows) if payoff.is_open(num_rows) else [0] * num_rows
         )
-        num_accepted = 0
+        accepted = [0] * num_rows
         for i, count in enumerate(counts):
             for _ in range(count):
                 right = rng.random() < rate
                 rates[i] += 0.3 * (right - rates[i])
-                num_accepted += right
+                accepted[i] += right
                 if not right:
                     break
         total = num_rows + sum(counts)
         took = SECONDS[next(t for t in SECONDS if t >= total)] + HOST_SECONDS * any(counts)
         disturbed = rng.lognormvariate(0.0, 0.1) * (5.0 if rng.random() < 0.01 else 1.0)
         took *= disturbed
-        payoff.settle(num_rows, sum(counts), num_accepted, took)
+        payoff.settle(num_rows, sum(counts), accepted, took)
         seconds += took
-        num_tokens += num_rows + num_accepted
+        num_tokens += num_rows + sum(accepted)
         plain_seconds += SECONDS[next(t for t in SECONDS if t >= num_rows)] * disturbed
     return (num_tokens / seconds) / (num_rows * num_steps / plain_seconds)
 
@@ -296,7 +296,7 @@ def test_right_drafts_pay() -> None:
 
 def times_of_plain_steps(payoff: Payoff, num_rows: int) -> None:
     for _ in range(5):
-        payoff.settle(num_rows, 0, 0, SECONDS[next(t for t in SECONDS if t >= num_rows)])
+        payoff.settle(num_rows, 0, [], SECONDS[next(t for t in SECONDS if t >= num_rows)])
 
 
 def proposals(*rates: float) -> list[Proposal]:
