@@ -62,13 +62,19 @@ class LayeredPrefill:
         if self.holds(sequence):
             self._row = None
 
-    def fill(self, plan: StepPlan, *, others_decode: bool) -> None:
-        """Make an empty plan one of the chunk's next layers: as many as take less than a step of those who decode, all
-        that are left if nobody does. With the last of them the chunk is no longer under way."""
+    def fill(self, plan: StepPlan, *, num_decoding: int, num_prompts: int) -> None:
+        """Make an empty plan one of the chunk's next layers; with the last of them the chunk is no longer under way.
+
+        A step takes less than a decode step, so that a prompt does no more than double what streams wait. Where more
+        sequences wait for their prompts than decode, it takes as many times longer: they wait, too. All layers that are
+        left come at once if nobody decodes.
+        """
         chunk = self._row
         assert chunk is not None
         first = self._next_layer
-        stop = min(first + self._count(chunk), self._num_layers) if others_decode else self._num_layers
+        stop = self._num_layers
+        if num_decoding:
+            stop = min(first + self._count(chunk, SHARE * max(1.0, num_prompts / num_decoding)), stop)
         row = ScheduledRow(chunk.sequence, chunk.num_tokens, [] if first else chunk.copies)
         if stop < self._num_layers:
             row.prompt_logprob_range = (0, 0)
@@ -77,11 +83,11 @@ class LayeredPrefill:
             self._row = None
         plan.rows, plan.layers = [row], (first, stop)
 
-    def _count(self, chunk: ScheduledRow) -> int:
-        """Layers that take less than a decode step; at least one, and one before anything is known."""
+    def _count(self, chunk: ScheduledRow, share: float) -> int:
+        """Layers that take this share of a decode step; at least one, and one before anything is known."""
         if self._decode_s is None or self._tile_s is None:
             return 1
-        return max(1, int(SHARE * self._decode_s / (self._tile_s * _num_tiles(chunk))))
+        return max(1, int(share * self._decode_s / (self._tile_s * _num_tiles(chunk))))
 
     def settle(self, plan: StepPlan, seconds: float) -> None:
         """A step has taken so long."""

@@ -46,7 +46,9 @@ class Scheduler:
         that the step after it can be decided before the device is done; it is empty if all wait for results."""
         plan = StepPlan() if self.layered.is_due else self._schedule_tokens()
         if self.layered.is_under_way and not plan.rows:
-            self.layered.fill(plan, others_decode=self._anybody_decodes())
+            num_decoding = self._num_decoding()
+            num_prompts = len(self.running) - num_decoding + len(self.waiting)
+            self.layered.fill(plan, num_decoding=num_decoding, num_prompts=num_prompts)
             if plan.layers[1] == self.config.num_layers:
                 self._count_as_computed(0, plan.rows[0])
         return plan
@@ -56,7 +58,7 @@ class Scheduler:
         self.layered.give_way()
         rows: dict[Sequence, ScheduledRow] = {}
         self._make_way()
-        self._others_decode = self._anybody_decodes()
+        self._others_decode = self._num_decoding() > 0
         self._num_long_tokens = self.config.long_prefill_token_threshold
         num_preemptions = self.num_preemptions
         budget = self._schedule_running(rows, self.config.max_num_batched_tokens)
@@ -209,8 +211,8 @@ class Scheduler:
         paces = self.config.num_layers or self.config.long_prefill_token_threshold
         return num_tokens > 1 and is_long and bool(paces) and self._others_decode
 
-    def _anybody_decodes(self) -> bool:
-        return any(sequence.num_tokens_to_schedule <= 1 for sequence in self.running)
+    def _num_decoding(self) -> int:
+        return sum(sequence.num_tokens_to_schedule <= 1 for sequence in self.running)
 
     def _count_as_computed(self, index: int, row: ScheduledRow) -> bool:
         """Move the sequence to the end of its row. Siblings join when the shared prompt is complete.

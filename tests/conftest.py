@@ -28,3 +28,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 @pytest.fixture(scope="session")
 def kernel_cases(pytestconfig: pytest.Config) -> int:
     return int(pytestconfig.getoption("--kernel-cases"))
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with heavy tests come first: with several processes, the one that is left with one of them would otherwise
+    be waited for."""
+    heavy = {item.path for item in items if item.get_closest_marker("heavy")}
+    items.sort(key=lambda item: item.path not in heavy)

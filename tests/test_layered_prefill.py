@@ -60,6 +60,17 @@ def test_steps_of_a_chunk_and_of_those_who_decode_alternate_and_take_no_longer()
     assert [plan.layers for plan in plans[9:]] == [(0, 3), ALL_LAYERS, (3, 6), ALL_LAYERS, (6, 9)]
 
 
+def test_where_more_prompts_wait_than_sequences_decode_a_chunk_takes_as_many_times_longer() -> None:
+    prompts = [make_sequence(f"long {i}", [3 + i] * 17) for i in range(4)]
+    scheduler = beside_a_stream(*prompts, num_streams=2, max_num_seqs=5)
+    assert [plan.layers for plan in run(scheduler, 8, layer_s=0.45)[1::2]] == [
+        (0, 1),
+        (1, 5),
+        (5, 9),
+        (9, 10),
+    ]
+
+
 def test_a_layer_that_takes_longer_than_a_decode_step_comes_alone() -> None:
     scheduler = beside_a_stream(make_sequence("long", [1] * 17))
     assert [plan.layers for plan in run(scheduler, 8, layer_s=2.5)[1::2]] == [(0, 1), (1, 2), (2, 3), (3, 4)]
