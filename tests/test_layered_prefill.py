@@ -65,9 +65,9 @@ def test_where_more_prompts_wait_than_sequences_decode_a_chunk_takes_as_many_tim
     scheduler = beside_a_stream(*prompts, num_streams=2, max_num_seqs=5)
     assert [plan.layers for plan in run(scheduler, 8, layer_s=0.45)[1::2]] == [
         (0, 1),
-        (1, 5),
-        (5, 9),
-        (9, 10),
+        (1, 4),
+        (4, 7),
+        (7, 10),
     ]
 
 
