@@ -70,8 +70,9 @@ def plan_lanes(lens: npt.NDArray[np.int32], num_tokens: int, *, block_size: int,
     for part, token in zip(parts, split, strict=True):
         share = -(-lens[token] // (R * chunk)) * chunk
         offsets = np.arange(R) * share
-        part[:, 0], part[:, 1] = token, offsets // block_size
-        part[:, 2] = np.clip(lens[token] - offsets, 0, share)
+        own_lens = np.clip(lens[token] - offsets, 0, share)
+        part[:, 0], part[:, 2] = token, own_lens
+        part[:, 1] = np.where(own_lens > 0, offsets // block_size, 0)  # no lane begins behind its row's table
     own[split, 2] = 0
     merged = [(num_tokens, token) for token in split]
     return Lanes(

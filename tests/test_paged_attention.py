@@ -257,6 +257,7 @@ def test_lanes_cover_each_context_once_and_take_no_longer_than_one_for_each(
     parts: dict[int, list[tuple[int, int]]] = {}
     for token, block, length in lanes.tolist():
         assert 0 <= token < batch
+        assert block * block_size < max(1, lens[token] if token < len(lens) else 0)
         if length:
             parts.setdefault(token, []).append((block * block_size, block * block_size + length))
     for token, length in enumerate(lens):
