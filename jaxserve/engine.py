@@ -160,8 +160,7 @@ class Engine:
         self._run_ahead()
         self._count_time()
         plan, result = self._under_way.popleft()
-        if plan.is_layered:
-            result.wait()
+        result.wait()  # also for what samples nothing, or its time would be counted with the next step's
         outputs = self._update(plan, result)
         self._last_plan = plan
         done = plan.layers[1] >= self.limits.num_layers  # a chunk counts with its last layer

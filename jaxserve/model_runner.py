@@ -446,14 +446,14 @@ class ModelRunner:
         are taken from what the budget leaves free, and given back at ready."""
         if self._free_bytes is None or self.devices.group.size > 1:
             return False
-        pool_bytes = num_blocks * self._spec.bytes_per_block + self._logits_bytes
+        pool_bytes = num_blocks * self._spec.bytes_per_block + self._shared_bytes
         return self._weight_bytes + PROGRAM_BYTES_GUESS + 2 * pool_bytes <= self._free_bytes
 
     def _first_inputs(self, program: StepProgram) -> list[npt.NDArray[np.int32]]:
         """For a run of each shape, and each number of rows whose logits have a product of their own: the first one pays
         for what later ones find ready."""
         rows = program.layout.num_rows
-        sizes = logits_sizes(rows) if self._logits_bytes else [rows]
+        sizes = logits_sizes(rows) if self._shared_bytes else [rows]
         inputs = []
         for i in range(max(len(program.shapes), len(sizes))):
             shape = program.shapes[i % len(program.shapes)]
@@ -525,9 +525,12 @@ class ModelRunner:
         return sum(math.prod(x.shape) * x.dtype.itemsize for x in self._definition.abstract())
 
     @property
-    def _logits_bytes(self) -> int:
-        """Of the room for logits that steps share."""
-        return 0 if self._unroll_layers else 4 * self._max_num_rows * self._vocab.num_local
+    def _shared_bytes(self) -> int:
+        """Of the room for logits and residual streams that steps share."""
+        if self._unroll_layers:
+            return 0
+        logits = self._max_num_rows * self._vocab.num_local
+        return 4 * (logits + 2 * self.shapes[-1].num_tokens * self.model_config.hidden_size)
 
     def _place_table(self, name: str, table: npt.NDArray[Any]) -> jax.Array:
         self._others.send_table(name, table)
@@ -545,7 +548,7 @@ class ModelRunner:
             assert self.config.kv_cache_memory_bytes is not None
             pool_bytes = self.config.kv_cache_memory_bytes
         else:
-            pool_bytes = self._free_bytes - self._weight_bytes - program_bytes - self._logits_bytes
+            pool_bytes = self._free_bytes - self._weight_bytes - program_bytes - self._shared_bytes
             if self.platform == "cpu":
                 pool_bytes = min(pool_bytes, CPU_DEFAULT_POOL_BYTES // self.devices.group.size)
         return num_blocks_for(

@@ -18,6 +18,8 @@ from jaxserve.sequence import Sequence, SequenceStatus
 from jaxserve.step_plan import ScheduledRow, StepPlan
 from jaxserve.waiting_queue import WaitingQueue, urgency
 
+MAX_PASSED_OVER = 8  # long prompts in the queue that a step looks behind
+
 
 class Scheduler:
     """Owns the waiting queue and the running list, both with the most urgent first, and the parked beams."""
@@ -57,9 +59,9 @@ class Scheduler:
         """A step of all layers."""
         self.layered.give_way()
         rows: dict[Sequence, ScheduledRow] = {}
-        self._make_way()
         self._others_decode = self._num_decoding() > 0
         self._num_long_tokens = self.config.long_prefill_token_threshold
+        self._make_way()
         num_preemptions = self.num_preemptions
         budget = self._schedule_running(rows, self.config.max_num_batched_tokens)
         plan = StepPlan()
@@ -148,22 +150,29 @@ class Scheduler:
         return budget
 
     def _schedule_waiting(self, rows: dict[Sequence, ScheduledRow], budget: int, plan: StepPlan) -> None:
-        while self.waiting and budget > 0 and len(self.running) < self.config.max_num_seqs:
-            sequence = self.waiting.first
+        """The most urgent first. A long prompt that is held back by another one is passed over and stays in the queue: it
+        takes no seat and no blocks meanwhile, and finds what the other leaves in the prefix cache."""
+        num_passed = 0
+        while budget > 0 and len(self.running) < self.config.max_num_seqs:
+            if num_passed == min(len(self.waiting), MAX_PASSED_OVER):
+                break
+            sequence = self.waiting[num_passed]
             row = None if sequence.num_pending_tokens else self._admit(sequence, budget)
             if row is None:
-                break
+                if self._affordable(sequence, sequence.num_tokens_to_schedule, budget) > 0:
+                    break
+                num_passed += 1
+                continue
             self.waiting.remove(sequence)
             self._start(sequence)
             if sequence.scheduled_at is None:
                 sequence.scheduled_at = time.monotonic()
                 plan.first_scheduled.append(sequence)
-            budget -= self._place(row, rows) if row.num_tokens else 0
+            budget -= self._place(row, rows)
 
     def _admit(self, sequence: Sequence, budget: int) -> ScheduledRow | None:
         """The first row of a waiting sequence, or None if it must wait. It starts only when there are blocks
-        for all of its known tokens: starting earlier would only get it preempted halfway. The row is empty if it is
-        held back by another long prompt, so that it holds up nobody itself."""
+        for all of its known tokens: starting earlier would only get it preempted halfway."""
         looked_up = not sequence.block_table
         num_cached = self.block_manager.take_cached_prefix(sequence) if looked_up else 0
         if sequence.siblings and sequence.num_tokens_to_schedule == 0:  # nothing left to compute together
@@ -172,9 +181,9 @@ class Scheduler:
             sequence.num_prefix_tokens = num_cached
         wanted = sequence.num_tokens_to_schedule
         num_tokens = self._affordable(sequence, wanted, budget)
-        enough = self._make_room(sequence)
-        if enough and wanted and (num_tokens == wanted or self.config.enable_chunked_prefill):
-            copies = self.block_manager.allocate(sequence, num_tokens) if num_tokens else []
+        fits = num_tokens == wanted or self.config.enable_chunked_prefill
+        if num_tokens and fits and self._make_room(sequence):
+            copies = self.block_manager.allocate(sequence, num_tokens)
             if copies is not None:
                 if looked_up and sequence.scheduled_at is None:
                     sequence.num_cached_tokens = num_cached
@@ -189,7 +198,7 @@ class Scheduler:
         anyway are computed a chunk at a time and by layers, or share so many tokens of each step."""
         if self.layered.holds(sequence):
             return 0
-        if not self._is_held_back(sequence, num_tokens):
+        if num_tokens <= 1 or not self._is_long(sequence):
             return min(num_tokens, budget)
         if self.config.num_layers:  # the last token is left to a step of all layers, which samples from it
             return 0 if self.layered.is_under_way else min(num_tokens - 1, self.config.max_num_batched_tokens)
@@ -197,7 +206,7 @@ class Scheduler:
 
     def _place(self, row: ScheduledRow, rows: dict[Sequence, ScheduledRow]) -> int:
         """Let the row be computed in this step, or by layers; returns what that takes of the budget."""
-        if self._is_held_back(row.sequence, row.sequence.num_tokens_to_schedule):
+        if self._is_long(row.sequence):
             if self.config.num_layers:
                 self.layered.begin(row)
                 return 0
@@ -205,11 +214,11 @@ class Scheduler:
         rows[row.sequence] = row
         return row.num_tokens
 
-    def _is_held_back(self, sequence: Sequence, num_tokens: int) -> bool:
-        """Whether it is a long prompt beside sequences that decode."""
+    def _is_long(self, sequence: Sequence) -> bool:
+        """Whether the rest of its prompt is to be held back for the sake of sequences that decode."""
         is_long = len(sequence) - sequence.num_prefix_tokens > self.config.max_num_batched_tokens
         paces = self.config.num_layers or self.config.long_prefill_token_threshold
-        return num_tokens > 1 and is_long and bool(paces) and self._others_decode
+        return is_long and bool(paces) and self._others_decode and sequence.num_tokens_to_schedule > 1
 
     def _num_decoding(self) -> int:
         return sum(sequence.num_tokens_to_schedule <= 1 for sequence in self.running)
@@ -265,11 +274,13 @@ class Scheduler:
         """Where seats or blocks are short, sequences of lower priority give theirs to the most urgent that waits.
         What they lose is computed again, mostly from the prefix cache."""
         while self.running and self.waiting:
-            first = self.waiting.first
+            first = self.waiting[0]
             is_full = len(self.running) >= self.config.max_num_seqs
             victim = self.running[-1] if is_full else self._least_urgent_with_blocks()
             if victim.order[0] <= first.order[0] or first.num_pending_tokens:
                 return
+            if self._is_long(first) and any(self._is_long(s) for s in self.running if s is not victim):
+                return  # it is held back and would not take the place
             if not is_full and self.block_manager.has_room_for(first):
                 return
             self._preempt(victim)

@@ -35,6 +35,7 @@ FIRST_RATE = 0.7  # before anything is known
 RATE_WEIGHT = 0.3  # of one draft in its sequence's rate
 COMMON_RATE_WEIGHT = 0.05  # and in that of all, which new sequences begin with
 HIGHEST_RATE = 0.98
+STEP_WEIGHT = 0.1  # of one step in the mean of how many of its drafts are right
 
 # whether they pay
 MIN_GAIN = 1.05  # they must promise so many times the speed
@@ -235,9 +236,10 @@ class Payoff:
                 self._steps_since_probe = 0
         return counts
 
-    def settle(self, num_rows: int, num_drafts: int, accepted: list[int], seconds: float) -> None:
-        """A step of `num_rows` rows and, beside them, `num_drafts` drafts has taken so long; of those of each sequence
-        that had any, so many were right."""
+    def settle(self, num_rows: int, num_drafts: int, accepted: list[float], seconds: float) -> None:
+        """A step of `num_rows` rows and, beside them, `num_drafts` drafts has taken so long; of the drafts of each
+        sequence that had any, so many a step have been right lately. (A step by itself says little: seven right ones in
+        every other step are worth 3.5 in each.)"""
         seconds = self._times.add(num_rows, num_drafts, seconds)
         plain = self._times.plain(num_rows)
         gained = CREDIT_A_STEP
@@ -285,14 +287,21 @@ def _savings(rate: float, num_drafts: int) -> list[float]:
     return [1.0 / fewer - 1.0 / more for fewer, more in itertools.pairwise(tokens)]
 
 
-class _Drafter:
-    """A sequence's index, and how often its drafts have been right."""
+class Drafter:
+    """A sequence's index, how often its drafts have been right, and how many of a step's were on average."""
 
-    __slots__ = ("index", "rate")
+    __slots__ = ("index", "mean_accepted", "num_steps", "rate")
 
     def __init__(self, index: NgramIndex, rate: float) -> None:
         self.index = index
         self.rate = rate
+        self.mean_accepted = 0.0
+        self.num_steps = 0
+
+    def count_step(self, num_accepted: int) -> None:
+        """Of those that its step checked, so many were right."""
+        self.num_steps += 1
+        self.mean_accepted += max(1 / self.num_steps, STEP_WEIGHT) * (num_accepted - self.mean_accepted)
 
 
 class Speculation:
@@ -315,12 +324,11 @@ class Speculation:
         self._config = config
         self._max_tokens = limits.max_num_batched_tokens
         self._block_manager = block_manager
-        self._drafters: WeakKeyDictionary[Sequence, _Drafter] = WeakKeyDictionary()
+        self._drafters: WeakKeyDictionary[Sequence, Drafter] = WeakKeyDictionary()
         self._rate = FIRST_RATE
         self.payoff = Payoff(shapes)
-        self._settled: tuple[int, int, list[int]] | None = (
-            None  # rows, drafts, how many of each sequence were right
-        )
+        # rows, drafts, and how many of each sequence have been right lately
+        self._settled: tuple[int, int, list[float]] | None = None
         self.num_drafts = 0
         self.num_draft_tokens = 0
         self.num_accepted_tokens = 0
@@ -358,12 +366,12 @@ class Speculation:
         self._settled = None
         if not _only_decodes(plan):
             return
-        accepted = []
+        accepted: list[float] = []
         for sequence, rows in itertools.groupby(plan.rows, key=lambda row: row.sequence):
             drafts = [row for row in rows if isinstance(row, DraftRow)]
             if drafts:
-                accepted.append(self._learn(sequence, [draft.accepted for draft in drafts]))
-        self.num_accepted_tokens += sum(accepted)
+                self._learn(sequence, [draft.accepted for draft in drafts])
+                accepted.append(self._drafters[sequence].mean_accepted)
         self._settled = len(plan.rows) - plan.num_drafts, plan.num_drafts, accepted
 
     def count_time(self, seconds: float) -> None:
@@ -383,7 +391,7 @@ class Speculation:
         drafter = self._drafters.get(sequence)
         if drafter is None:
             index = NgramIndex(self._config.prompt_lookup_max, self._config.prompt_lookup_min)
-            drafter = self._drafters[sequence] = _Drafter(index, self._rate)
+            drafter = self._drafters[sequence] = Drafter(index, self._rate)
         skip = row.end - len(sequence)
         length, token_ids = drafter.index.propose(sequence.token_ids, skip=skip, count=room)
         if not token_ids:
@@ -401,10 +409,12 @@ class Speculation:
             drafts.append(DraftRow(drafts[-1] if drafts else row, token_id))
         return drafts
 
-    def _learn(self, sequence: Sequence, accepted: list[bool]) -> int:
-        """How many drafts were right. The first that was not gives back the blocks of those behind."""
+    def _learn(self, sequence: Sequence, accepted: list[bool]) -> None:
+        """Which drafts of a step were right. The first that was not gives back the blocks of those behind."""
         num_accepted = sum(accepted)
+        self.num_accepted_tokens += num_accepted
         drafter = self._drafters[sequence]
+        drafter.count_step(num_accepted)
         if sequence.finish_reason is None and num_accepted < len(accepted):
             self._block_manager.trim(sequence)
             accepted = accepted[: num_accepted + 1]
@@ -413,7 +423,6 @@ class Speculation:
         for right in accepted:
             drafter.rate += RATE_WEIGHT * (right - drafter.rate)
             self._rate += COMMON_RATE_WEIGHT * (right - self._rate)
-        return num_accepted
 
 
 def _only_decodes(plan: StepPlan) -> bool:

@@ -31,10 +31,9 @@ class WaitingQueue:
     def __iter__(self) -> Iterator[Sequence]:
         return iter(self._sequences)
 
-    @property
-    def first(self) -> Sequence:
-        """The most urgent one; there must be one."""
-        return self._sequences[0]
+    def __getitem__(self, i: int) -> Sequence:
+        """The i-th; the first is the most urgent."""
+        return self._sequences[i]
 
     def add(self, sequence: Sequence) -> None:
         """Queue a sequence at its place, behind those that are as urgent."""

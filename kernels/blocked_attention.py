@@ -4,8 +4,9 @@ FlashAttention's online softmax (Dao et al. 2022, algorithm 1) over chunks of to
 counts are data, so that one program serves every context length and costs what the batch at hand needs:
 single tokens are taken in groups up to the longest context in each, longer rows in tiles of
 QUERY_TILE tokens up to their own end, several at a time (TILE_CHUNKS), because larger products are faster. A chunk
-that is masked out whole changes no bit of the result, so a token's result does not depend on other rows; on how its own
-row is cut into steps it depends as far as rounding goes, since it decides which products a token is in.
+that is masked out whole changes no bit of the result, so what a token gets from it does not depend on other rows. Up to
+rounding it depends on how its own row is cut into steps, which decides the products that a token is in, and on whether
+its context is split because those of its neighbours are much shorter (`lanes.py`).
 
 The pool is [N, 2, K, B · D]: a block's values are [B, D], its keys are stored transposed, [D, B]. So both are what
 XLA:CPU multiplies with as they are; keys as [B, D] it transposes anew in every product, which takes as long as the

@@ -23,7 +23,7 @@ WORTH_WHILE = 8  # chunks that the longest context must have
 NOT_SPLIT = -1
 
 
-class Lanes(NamedTuple):
+class LanePlan(NamedTuple):
     """lanes [n · R, 3] int32: each one's token, the first block of its part of the context, and how many tokens that
     part has. groups [n, 2] int32: where each group of R lanes puts its results, and the token whose parts they are, or
     NOT_SPLIT."""
@@ -52,7 +52,7 @@ def chunk_size(block_size: int, max_blocks: int) -> int:
     return max(1, min(GROUP_CHUNK // block_size, max_blocks)) * block_size
 
 
-def plan_lanes(lens: npt.NDArray[np.int32], num_tokens: int, *, block_size: int, max_blocks: int) -> Lanes:
+def plan_lanes(lens: npt.NDArray[np.int32], num_tokens: int, *, block_size: int, max_blocks: int) -> LanePlan:
     """Lanes for the first tokens of a batch of `num_tokens`, padding included, which attend to `lens` [≤ num_tokens]
     tokens each."""
     R = group_size(num_tokens)
@@ -65,7 +65,7 @@ def plan_lanes(lens: npt.NDArray[np.int32], num_tokens: int, *, block_size: int,
     chunk = chunk_size(block_size, max_blocks)
     split = _worth_splitting(-(-own[:, 2].reshape(-1, R) // chunk))
     if not split:
-        return Lanes(own, groups)
+        return LanePlan(own, groups)
     parts = np.zeros((len(split), R, 3), np.int32)
     for part, token in zip(parts, split, strict=True):
         share = -(-lens[token] // (R * chunk)) * chunk
@@ -75,22 +75,24 @@ def plan_lanes(lens: npt.NDArray[np.int32], num_tokens: int, *, block_size: int,
         part[:, 1] = np.where(own_lens > 0, offsets // block_size, 0)  # no lane begins behind its row's table
     own[split, 2] = 0
     merged = [(num_tokens, token) for token in split]
-    return Lanes(
+    return LanePlan(
         np.concatenate([own, parts.reshape(-1, 3)]), np.concatenate([groups, np.array(merged, np.int32)])
     )
 
 
 def _worth_splitting(chunks: npt.NDArray[np.int32]) -> list[int]:
     """The tokens to split, of groups [n, R] with so many chunks of context each: those without which a group saves more
-    than they take by themselves."""
+    than they take by themselves. A group of which too many would have to be split is left as it is."""
     if chunks.size == 0 or chunks.max() < WORTH_WHILE:
         return []
     alone = -(-chunks // chunks.shape[1]) + SPLIT_COST
     is_longer = chunks[:, None, :] > chunks[:, :, None]
-    costs = chunks + np.sum(
-        is_longer * alone[:, None, :], axis=-1
-    )  # if all that is longer than the j-th is split
-    best = costs == costs.min(axis=-1, keepdims=True)
-    limits = np.max(np.where(best, chunks, 0), axis=-1, keepdims=True)
-    tokens: list[int] = np.flatnonzero(chunks > limits).tolist()
-    return sorted(tokens, key=lambda token: -chunks.flat[token])[:MAX_SPLITS]
+    costs = chunks + np.sum(is_longer * alone[:, None, :], axis=-1)  # if all longer than the j-th are split
+    num_longer = is_longer.sum(axis=-1)
+    split: list[int] = []
+    for group, R in enumerate([chunks.shape[1]] * len(chunks)):
+        allowed = num_longer[group] <= MAX_SPLITS - len(split)
+        best = np.min(costs[group], where=allowed, initial=costs.max())
+        limit = np.max(chunks[group], where=allowed & (costs[group] == best), initial=0)
+        split += (group * R + np.flatnonzero(chunks[group] > limit)).tolist()
+    return split

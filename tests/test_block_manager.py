@@ -169,10 +169,13 @@ class EngineStates(RuleBasedStateMachine):
         self.under_way.append(UnderWay(plan, [(token + index) % 3 for index in range(len(plan.rows))]))
 
     def check_priorities(self, ran: list[Sequence], waited: list[Sequence]) -> None:
-        """Nobody lost its place to a request that is less urgent, nor was admitted before a more urgent one."""
+        """Nobody lost its place to a request that is less urgent, nor was admitted before a more urgent one, but for
+        long prompts, which can be held back by another."""
         running = self.scheduler.running
         preempted = [s for s in ran if s.status is SequenceStatus.WAITING]
-        left_waiting = [s for s in waited if s.status is SequenceStatus.WAITING]
+        left_waiting = [
+            s for s in waited if s.status is SequenceStatus.WAITING and not self.scheduler._is_long(s)
+        ]
         for sequence in preempted:
             assert all(urgency(other) < urgency(sequence) for other in running)
         for sequence in waited:
@@ -325,7 +328,41 @@ def test_short_prompts_are_computed_beside_a_long_one_and_the_next_long_one_hold
     for name, length in (("long", 20), ("short", 2), ("other", 20), ("behind", 1)):
         scheduler.add(make_sequence(name, [1] * length))
     assert rows_of(run_step(scheduler)) == [("stream", 1), ("behind", 1), ("long", 4), ("short", 2)]
-    assert names(scheduler.running) == ["stream", "long", "short", "other", "behind"]
+    assert names(scheduler.running) == ["stream", "long", "short", "behind"]
+    assert names(scheduler.waiting) == ["other"]
+
+
+@pytest.mark.parametrize("num_layers", [0, 10], ids=["by tokens", "by layers"])
+def test_of_long_prompts_that_are_alike_beside_a_stream_the_first_alone_is_computed(num_layers: int) -> None:
+    scheduler = make_scheduler(**PACED, num_layers=num_layers)
+    scheduler.add(make_sequence("stream", [2, 2], max_tokens=90, max_model_len=100))
+    run_step(scheduler)
+    alike = [make_sequence(f"alike {i}", [1, 3] * 10, max_tokens=1) for i in range(3)]
+    for sequence in alike:
+        scheduler.add(sequence)
+    while any(sequence.status is not SequenceStatus.FINISHED for sequence in alike):
+        run_step(scheduler)
+        scheduler.check_integrity()
+    first, *others = [sequence.num_cached_tokens for sequence in alike]
+    assert first == 0
+    assert min(others) >= 12  # with so much in the cache the rest is no longer long
+
+
+def test_nobody_is_preempted_for_a_long_prompt_that_is_held_back() -> None:
+    scheduler = make_scheduler(**PACED, max_num_seqs=3)
+    scheduler.add(make_sequence("stream", [2, 2], max_tokens=60, max_model_len=100, priority=1))
+    scheduler.add(make_sequence("other stream", [2, 2], max_tokens=60, max_model_len=100, priority=1))
+    run_step(scheduler)
+    scheduler.add(make_sequence("long", [1] * 20))
+    run_step(scheduler)
+    scheduler.add(make_sequence("another", [3] * 20))
+    for _ in range(3):
+        assert len(run_step(scheduler).rows) == 3
+    assert names(scheduler.running) == ["long", "stream", "other stream"]
+    assert scheduler.num_preemptions == 0
+    for _ in range(3):  # the first is done
+        run_step(scheduler)
+    assert "another" in names(scheduler.running)
 
 
 def test_what_is_cached_does_not_make_a_prompt_long() -> None:
@@ -421,7 +458,7 @@ def test_the_youngest_is_preempted_and_computed_again_first() -> None:
         scheduler.add(sequence)
     while scheduler.num_preemptions == 0:
         run_step(scheduler)
-    assert scheduler.waiting.first is young
+    assert scheduler.waiting[0] is young
     assert young.num_computed_tokens == 0
     assert not young.block_table
     scheduler.add(make_sequence("newcomer", [1], max_tokens=1))

@@ -433,7 +433,7 @@ def test_two_first_runs_at_a_time_need_the_memory_for_it(
     runner: ModelRunner, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert not runner._has_room_for_two(60)  # --kv-cache-memory-bytes is all that there may be
-    both = 2 * (60 * runner._spec.bytes_per_block + runner._logits_bytes)
+    both = 2 * (60 * runner._spec.bytes_per_block + runner._shared_bytes)
     enough = runner._weight_bytes + PROGRAM_BYTES_GUESS + both
     for free_bytes, room in ((enough - 1, False), (enough, True)):
         monkeypatch.setattr(runner, "_free_bytes", free_bytes)

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from jaxserve.block_manager import BlockCopy
@@ -244,6 +244,8 @@ def chunks_taken(lanes: np.ndarray, size: int) -> int:
     st.lists(st.integers(1, 9000) | st.integers(1, 300), min_size=1, max_size=64),
     st.sampled_from([16, 64, 256]),
 )
+@example([4000] * 9 + [128] * 23, 64)  # one more than may be split
+@example(([4000] * 5 + [128] * 27) * 2, 64)  # five in one group, and three left for the other
 def test_lanes_cover_each_context_once_and_take_no_longer_than_one_for_each(
     lens: list[int], block_size: int
 ) -> None:

@@ -20,7 +20,7 @@ from jaxserve.messages import AbortRequest, AddRequest, SequenceOutput
 from jaxserve.model_runner import ModelRunner
 from jaxserve.sampling_params import SamplingParams
 from jaxserve.sequence import Sequence
-from jaxserve.speculation import NgramIndex, Payoff, Proposal
+from jaxserve.speculation import Drafter, NgramIndex, Payoff, Proposal
 from jaxserve.step_plan import ScheduledRow, StepPlan
 from jaxserve.step_shapes import StepShape
 from tests.always_drafts import AlwaysDrafts
@@ -245,36 +245,48 @@ HOST_SECONDS = 0.001  # what steps with drafts cannot hide
 
 
 def simulate(
-    payoff: Payoff, rate: float, num_rows: int, num_steps: int, seed: int = 0, *, num_guesses: int = 7
+    payoff: Payoff,
+    rate: float,
+    num_rows: int,
+    num_steps: int,
+    seed: int = 0,
+    *,
+    num_guesses: int = 7,
+    together: bool = False,
 ) -> float:
-    """How many times faster `num_rows` sequences are said whose drafts are right with this probability."""
+    """How many times faster `num_rows` sequences are said whose drafts are right with this probability: each if those
+    before it are, or all of a step together."""
     rng = random.Random(seed)
-    rates = [0.7] * num_rows
+    drafters = [Drafter(NgramIndex(4, 2), 0.7) for _ in range(num_rows)]
     sequence = Sequence("r", 0, [1], SamplingParams(), seed=0, max_model_len=8)
     row = ScheduledRow(sequence, 1, [])
     plain_seconds = seconds = num_tokens = 0.0
     for _ in range(num_steps):
         proposals = [
-            Proposal(row, [1] * num_guesses, min(r, 0.98), is_long=rng.random() < 0.5) for r in rates
+            Proposal(row, [1] * num_guesses, min(drafter.rate, 0.98), is_long=rng.random() < 0.5)
+            for drafter in drafters
         ]
         counts = (
             payoff.choose(num_rows, proposals, 256 - num_rows) if payoff.is_open(num_rows) else [0] * num_rows
         )
-        accepted = [0] * num_rows
-        for i, count in enumerate(counts):
-            for _ in range(count):
-                right = rng.random() < rate
-                rates[i] += 0.3 * (right - rates[i])
-                accepted[i] += right
-                if not right:
-                    break
+        num_accepted = 0
+        for drafter, count in zip(drafters, counts, strict=True):
+            if not count:
+                continue
+            fate = [rng.random() < rate for _ in range(1 if together else count)] * (count if together else 1)
+            right = fate.index(False) if False in fate else count
+            for is_right in fate[: right + 1]:
+                drafter.rate += 0.3 * (is_right - drafter.rate)
+            drafter.count_step(right)
+            num_accepted += right
+        accepted = [drafter.mean_accepted for drafter, count in zip(drafters, counts, strict=True) if count]
         total = num_rows + sum(counts)
         took = SECONDS[next(t for t in SECONDS if t >= total)] + HOST_SECONDS * any(counts)
         disturbed = rng.lognormvariate(0.0, 0.1) * (5.0 if rng.random() < 0.01 else 1.0)
         took *= disturbed
         payoff.settle(num_rows, sum(counts), accepted, took)
         seconds += took
-        num_tokens += num_rows + sum(accepted)
+        num_tokens += num_rows + num_accepted
         plain_seconds += SECONDS[next(t for t in SECONDS if t >= num_rows)] * disturbed
     return (num_tokens / seconds) / (num_rows * num_steps / plain_seconds)
 
@@ -292,6 +304,11 @@ def test_wrong_drafts_cost_at_most_two_percent(rate: float, num_rows: int, num_g
 def test_right_drafts_pay() -> None:
     assert simulate(Payoff(SHAPES), 0.95, 1, 300) > 2.5
     assert simulate(Payoff(SHAPES), 0.95, 16, 300) > 1.1
+
+
+def test_drafts_pay_that_are_all_right_in_every_other_step() -> None:
+    """4.5 tokens in 31 milliseconds instead of one in 20: 2.9 times as fast, less what is not guessed."""
+    assert simulate(Payoff(SHAPES), 0.5, 1, 1000, together=True) > 1.5
 
 
 def times_of_plain_steps(payoff: Payoff, num_rows: int) -> None:
