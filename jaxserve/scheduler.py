@@ -150,8 +150,8 @@ class Scheduler:
         return budget
 
     def _schedule_waiting(self, rows: dict[Sequence, ScheduledRow], budget: int, plan: StepPlan) -> None:
-        """The most urgent first. A long prompt that is held back by another one is passed over and stays in the queue: it
-        takes no seat and no blocks meanwhile, and finds what the other leaves in the prefix cache."""
+        """The most urgent first. A long prompt that is held back by another one is passed over and stays in the queue:
+        it takes no seat and no blocks meanwhile, and finds what the other leaves in the prefix cache."""
         num_passed = 0
         while budget > 0 and len(self.running) < self.config.max_num_seqs:
             if num_passed == min(len(self.waiting), MAX_PASSED_OVER):
