@@ -7,6 +7,7 @@ go there and nobody ever owns it.
 
 from __future__ import annotations
 
+from array import array
 from collections import Counter, OrderedDict
 from collections.abc import Iterable
 from typing import NamedTuple
@@ -22,6 +23,9 @@ class BlockCopy(NamedTuple):
 
     source: int
     target: int
+
+
+Copies = tuple[BlockCopy, ...]
 
 
 class BlockManager:
@@ -63,24 +67,28 @@ class BlockManager:
         in_use = sum(self._ref_counts[block] > 0 for block in found)  # the others are in the free list
         return self.blocks_needed(sequence, sequence.num_uncomputed_tokens) - in_use <= len(self._free)
 
-    def allocate(self, sequence: Sequence, num_tokens: int) -> list[BlockCopy] | None:
+    def allocate(self, sequence: Sequence, num_tokens: int) -> Copies | None:
         """Give `sequence` the blocks for its next `num_tokens` tokens, writable by it alone.
 
         Returns:
             The copies that the step must do first, or None (and nothing changed) if blocks ran out.
         """
+        table, start = sequence.block_table, sequence.num_computed_tokens
+        has_blocks = start + num_tokens <= len(table) * self.block_size
+        if has_blocks and self._ref_counts[table[start // self.block_size]] == 1:
+            return ()
         needed = self.blocks_needed(sequence, num_tokens)
         if needed == 0:
-            return []
+            return ()
         if needed > len(self._free):
             return None
-        copies = []
+        copies: Copies = ()
         if self._must_copy(sequence):
             index = sequence.num_computed_tokens // self.block_size
             shared = sequence.block_table[index]
             sequence.block_table[index] = self._take_free_block()
             self._release(shared)
-            copies.append(BlockCopy(shared, sequence.block_table[index]))
+            copies = (BlockCopy(shared, sequence.block_table[index]),)
         end = sequence.num_computed_tokens + num_tokens
         while len(sequence.block_table) * self.block_size < end:
             sequence.block_table.append(self._take_free_block())
@@ -128,7 +136,7 @@ class BlockManager:
 
     def fork(self, parent: Sequence, child: Sequence) -> None:
         """Let `child` share all blocks of `parent`; whoever writes first into a shared block copies it."""
-        child.block_table = list(parent.block_table)
+        child.block_table = parent.block_table[:]
         child.block_hashes = list(parent.block_hashes)
         child.num_cached_tokens, child.num_prefix_tokens = parent.num_cached_tokens, parent.num_prefix_tokens
         child.num_computed_tokens = parent.num_computed_tokens
@@ -145,7 +153,7 @@ class BlockManager:
         self.publish_full_blocks(sequence)
         for block in reversed(sequence.block_table):
             self._release(block)
-        sequence.block_table = []
+        sequence.block_table = array("i")
         sequence.num_computed_tokens = sequence.num_published_blocks = 0
 
     def check_integrity(self, sequences: Iterable[Sequence]) -> None:

@@ -141,7 +141,7 @@ class Engine:
         if request.constraint is not None:
             first = self.text_constraints.begin(request.constraint, request.eos_token_ids)
             for sequence in sequences:
-                sequence.constraint = first if sequence is sequences[0] else first.fork()
+                sequence.constrain(first if sequence is sequences[0] else first.fork())
         self._requests[request.request_id] = sequences
         if params.use_beam_search:
             self._beams.begin(sequences[0], self.tokenizer)
@@ -248,7 +248,7 @@ class Engine:
             for s in plan.first_scheduled
             if s.finish_reason is None
         ]
-        rated = self._rate_prompts(plan, result)
+        rated = self._rate_prompts(plan, result) if plan.rates else {}
         for index, row in enumerate(plan.rows):
             sequence = row.sequence
             if sequence.finish_reason is not None:
@@ -273,10 +273,10 @@ class Engine:
         """Prompt logprobs that the step brought, in the order in which `pack_step` asked for them."""
         rated: dict[Sequence, list[TopLogprobs]] = {}
         offset = 0
-        for row in plan.rows:
+        for row in (row for row in plan.rows if row.rates):
             first, end = row.prompt_logprob_range
             count = row.sequence.params.prompt_logprobs
-            if first < end and count is not None:
+            if count is not None:
                 rated[row.sequence] = [result.prompt_logprobs(offset + i, count) for i in range(end - first)]
                 offset += end - first
         return rated
@@ -300,8 +300,9 @@ class Engine:
         except MatcherError as error:
             sequence.finish("error")
             return self._end(sequence, error=str(error))
-        params = sequence.params
-        logprobs = [result.logprobs(index, params.logprobs or 0)] if params.reports_logprobs else None
+        logprobs = None
+        if sequence.reports_logprobs:
+            logprobs = [result.logprobs(index, sequence.params.logprobs or 0)]
         if sequence.finish_reason is not None:
             return self._end(sequence, [token_id], logprobs)
         return SequenceOutput(

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from jaxserve.kernels.metadata import QUERY_TILE
 from jaxserve.sequence import Sequence
-from jaxserve.step_plan import ScheduledRow, StepPlan
+from jaxserve.step_plan import NO_POSITIONS, ScheduledRow, StepPlan
 
 SHARE = 0.7  # of the duration of a decode step, for what comes between two of them
 WEIGHT = 0.3  # of one step's duration in the mean
@@ -75,9 +75,9 @@ class LayeredPrefill:
         stop = self._num_layers
         if num_decoding:
             stop = min(first + self._count(chunk, SHARE * max(1.0, num_prompts / num_decoding)), stop)
-        row = ScheduledRow(chunk.sequence, chunk.num_tokens, [] if first else chunk.copies)
+        row = ScheduledRow(chunk.sequence, chunk.num_tokens, () if first else chunk.copies)
         if stop < self._num_layers:
-            row.prompt_logprob_range = (0, 0)
+            row.rates, row.prompt_logprob_range = False, NO_POSITIONS
         self._next_layer, self._had_turn = stop, True
         if stop == self._num_layers:
             self._row = None
@@ -94,7 +94,7 @@ class LayeredPrefill:
         if plan.is_layered:
             first, stop = plan.layers
             self._tile_s = seconds / ((stop - first) * _num_tiles(plan.rows[0]))
-        elif all(row.num_tokens == 1 for row in plan.rows):
+        elif plan.is_of_single_tokens:
             mean = seconds if self._decode_s is None else self._decode_s
             self._decode_s = mean + WEIGHT * (seconds - mean)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import threading
 import time
+from array import array
 from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, as_completed, wait
 from functools import cached_property
@@ -236,10 +237,10 @@ class ModelRunner:
         needed, rows = plan.num_tokens, len(plan.rows)
         if plan.is_layered:  # tiles, however few tokens are left of the prompt: they lie behind many
             needed = max(needed, MAX_UNTILED_TOKENS + 1)
-        rates = any(row.rates for row in plan.rows)
+        rates = plan.rates
         shape = next(shape for shape in self.shapes if shape.fits(needed, rows, prompt_logprobs=rates))
         program = self._program_of[shape]
-        self._slots.assign([row for row in plan.rows if row.samples])
+        self._slots.assign([row for row in plan.rows if row.samples and row.sequence.changes_logits])
         packed = pack_step(plan, self._programs[program], shape, self.block_size, self._slots)
         tables = self._slots.on_device()
         self._others.send_step(program, packed)
@@ -305,7 +306,7 @@ class ModelRunner:
         sequence = Sequence(
             "", 0, prompt_token_ids, SamplingParams(), seed=0, max_model_len=self.max_model_len
         )
-        sequence.block_table = list(range(1, 1 + _ceil_div(len(sequence), self.block_size)))
+        sequence.block_table = array("i", range(1, 1 + _ceil_div(len(sequence), self.block_size)))
         chunks = []
         shape = self.shapes[-1]
         if self._all_logits is None:
@@ -323,7 +324,7 @@ class ModelRunner:
             self._all_logits = jax.jit(all_logits, donate_argnums=1)
         while sequence.num_uncomputed_tokens:
             num_tokens = min(sequence.num_uncomputed_tokens, shape.num_tokens)
-            plan = StepPlan([ScheduledRow(sequence, num_tokens, [])])
+            plan = StepPlan([ScheduledRow(sequence, num_tokens, ())])
             packed = pack_step(plan, StepProgram((shape,)), shape, self.block_size)
             logits, self._pools = self._all_logits(
                 self._leaves, self._pools, self.devices.put_everywhere(packed)

@@ -21,7 +21,7 @@ def cut_to_bucket(rows: dict[Sequence, ScheduledRow], buckets: tuple[int, ...]) 
         buckets: what steps are padded to, ascending.
     """
     prompts = [row for row in rows.values() if row.num_tokens > 1]
-    if any(row.rates for row in prompts):  # the largest program alone does that
+    if not prompts or any(row.rates for row in prompts):  # the largest program alone does that
         return
     total = sum(row.num_tokens for row in rows.values())
     full = max((bucket for bucket in buckets if bucket <= total), default=total)

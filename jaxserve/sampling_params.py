@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from typing import Literal
 
 import msgspec
@@ -16,6 +17,12 @@ MAX_STOP_TOKEN_IDS = 1024
 MAX_LOGIT_BIASES = 1024
 MAX_BAD_WORD_TOKENS = 1024  # of all bad words of a request together
 INT64_MIN, INT64_MAX = -(2**63), 2**63 - 1
+
+# what a draw takes, in the order of `SamplingParams.pack`
+DRAW_INPUTS = "temperature", "top_p", "min_p", "top_k", "seed_low", "seed_high", "choice", "num_logprobs"
+DRAW = struct.Struct("=fffiIIii")
+NO_LOGPROBS = -1
+NO_DRAW = DRAW.pack(0.0, 1.0, 0.0, 0, 0, 0, 0, NO_LOGPROBS)
 
 
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -160,6 +167,17 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
         return (self.presence_penalty, self.frequency_penalty, self.repetition_penalty) != (0.0, 0.0, 1.0)
 
     @property
+    def changes_logits(self) -> bool:
+        """Whether tokens are drawn from other logits than the model's (`logits_processors`), or for beams."""
+        fixed = (
+            self.logit_bias
+            or self.allowed_token_ids is not None
+            or self.bad_words_token_ids
+            or self.min_tokens
+        )
+        return bool(fixed) or self.has_penalties or self.use_beam_search
+
+    @property
     def needs_values(self) -> bool:
         """Whether what may come next depends on which tokens have been sampled, in a way that the host decides."""
         return self.use_beam_search or any(len(word) > 1 for word in self.bad_words_token_ids)
@@ -167,6 +185,15 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     @property
     def greedy(self) -> bool:
         return self.temperature < GREEDY_EPSILON
+
+    def pack(self, seed: int, choice: int) -> bytes:
+        """DRAW_INPUTS of a sequence, 4 bytes each."""
+        num_logprobs = (self.logprobs or 0) if self.reports_logprobs else NO_LOGPROBS
+        if self.greedy:
+            return DRAW.pack(0.0, 1.0, 0.0, 0, 0, 0, 0, num_logprobs)
+        low, high = seed & 0xFFFFFFFF, (seed >> 32) & 0xFFFFFFFF
+        top_k = max(self.top_k, 0)
+        return DRAW.pack(self.temperature, self.top_p, self.min_p, top_k, low, high, choice, num_logprobs)
 
 
 def _check(param: str, value: object, ok: bool, allowed: str) -> None:

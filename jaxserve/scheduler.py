@@ -59,19 +59,22 @@ class Scheduler:
         """A step of all layers."""
         self.layered.give_way()
         rows: dict[Sequence, ScheduledRow] = {}
-        self._others_decode = self._num_decoding() > 0
+        wanted = [(sequence.num_tokens_to_schedule, sequence) for sequence in self.running]
+        prompts = [entry for entry in wanted if entry[0] > 1]
+        self._others_decode = len(prompts) < len(wanted)
         self._num_long_tokens = self.config.long_prefill_token_threshold
         self._make_way()
         num_preemptions = self.num_preemptions
-        budget = self._schedule_running(rows, self.config.max_num_batched_tokens)
+        wanted = [entry for entry in wanted if entry[0] == 1] + prompts
+        budget = self._schedule_running(wanted, rows, self.config.max_num_batched_tokens)
         plan = StepPlan()
         if self.num_preemptions == num_preemptions or not rows:  # else blocks are short: no newcomers
             self._schedule_waiting(rows, budget, plan)
         if self.config.token_buckets and self.config.enable_chunked_prefill:
             cut_to_bucket(rows, self.config.token_buckets)
-        plan.rows = sorted(rows.values(), key=lambda row: row.num_tokens > 1)
-        for index, row in enumerate(plan.rows):
-            plan.num_held += self._count_as_computed(index, row)
+        plan.rows = [row for row in rows.values() if row.num_tokens == 1]
+        plan.rows += [row for row in rows.values() if row.num_tokens > 1]
+        plan.num_held = sum([self._count_as_computed(index, row) for index, row in enumerate(plan.rows)])
         return plan
 
     def finish(self, sequence: Sequence) -> None:
@@ -131,17 +134,25 @@ class Scheduler:
 
     # --- the two passes -------------------------------------------------------------------------------------
 
-    def _schedule_running(self, rows: dict[Sequence, ScheduledRow], budget: int) -> int:
-        """Rows of one token first, so that a long prompt never stalls a stream."""
-        wanted = [(sequence.num_tokens_to_schedule, sequence) for sequence in self.running]
-        for num_tokens, sequence in sorted(wanted, key=lambda entry: entry[0] > 1):
-            num_tokens = self._affordable(sequence, num_tokens, budget)
+    def _schedule_running(
+        self, wanted: list[tuple[int, Sequence]], rows: dict[Sequence, ScheduledRow], budget: int
+    ) -> int:
+        """As many of the tokens that sequences want as the budget is for, those of single ones first, so that a long
+        prompt never stalls a stream; returns what is left of it."""
+        allocate, running = self.block_manager.allocate, SequenceStatus.RUNNING
+        for num_wanted, sequence in wanted:
+            num_tokens = 1 if num_wanted == 1 and budget else self._affordable(sequence, num_wanted, budget)
             if num_tokens == 0:
                 continue
-            while sequence.status is SequenceStatus.RUNNING:  # until it has blocks, or was preempted itself
-                copies = self.block_manager.allocate(sequence, num_tokens)
+            while sequence.status is running:  # until it has blocks, or was preempted itself
+                copies = allocate(sequence, num_tokens)
                 if copies is not None:
-                    budget -= self._place(ScheduledRow(sequence, num_tokens, copies), rows)
+                    row = ScheduledRow(sequence, num_tokens, copies)
+                    if num_wanted > 1:
+                        budget -= self._place(row, rows)
+                    else:
+                        rows[sequence] = row
+                        budget -= 1
                     break
                 victim = self._least_urgent_with_blocks()
                 taken_back = rows.pop(victim, None)
@@ -234,7 +245,8 @@ class Scheduler:
         sequence.num_computed_tokens = row.end
         if row.rates:
             sequence.num_rated_tokens = row.prompt_logprob_range[1] + 1
-        self.block_manager.publish_full_blocks(sequence)
+        if row.end >= (sequence.num_published_blocks + 1) * self.config.block_size:
+            self.block_manager.publish_full_blocks(sequence)
         if sequence.siblings and sequence.num_tokens_to_schedule == 0:
             self._fork_siblings(sequence)
         if not row.samples or row.end + 1 >= sequence.max_len:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from array import array
 from enum import Enum
 
 import numpy as np
@@ -27,8 +28,9 @@ class Sequence:
 
     Attributes:
         seed: int64 that, together with `index` and a token's position, determines every draw.
+        draw_inputs: `sampling_params.DRAW_INPUTS`, packed.
         token_ids: prompt and output.
-        block_table: KV blocks in order of position; owned by the block manager.
+        block_table: KV blocks in order of position, int32; owned by the block manager.
         num_computed_tokens: tokens whose KV is in the pool, or will be when the steps under way are done.
         num_pending_tokens: tokens behind those that steps under way sample, and that the device goes on from by itself.
         sampled_row: row of the sequence in the last step that sampled from it.
@@ -38,16 +40,21 @@ class Sequence:
         siblings: sequences of the same request that have not been forked off yet. They join once everything
             but the last prompt token is computed, sharing this sequence's blocks.
         constraint: where the text is in what it must be; None if it is free.
+        needs_values: whether the host must know a token before the next one can be computed: masks and beams follow
+            from it.
+        changes_logits: whether its tokens are drawn from other logits than the model's, or for beams.
+        reports_logprobs: whether each token comes with its log-probability.
         num_rated_tokens: prompt tokens whose prompt logprobs have been asked of a step; the first one has none.
         order: (priority, arrival) of its request: the smaller, the more urgent.
         scheduled_at: `time.monotonic()` of its first step, None before.
     """
 
     __slots__ = (
-        "__weakref__", "_params_need_values", "block_hashes", "block_table", "cache_salt", "constraint",
-        "eos_token_ids", "finish_reason", "index", "max_len", "num_cached_tokens", "num_computed_tokens",
-        "num_pending_tokens", "num_prefix_tokens", "num_prompt_tokens", "num_published_blocks",
-        "num_rated_tokens", "order", "params", "request_id", "sampled_row", "scheduled_at", "seed", "siblings",
+        "__weakref__", "_stop_token_ids", "block_hashes", "block_table", "cache_salt", "changes_logits", "constraint",
+        "draw_inputs", "eos_token_ids", "finish_reason", "index", "max_len", "needs_values", "num_cached_tokens",
+        "num_computed_tokens", "num_pending_tokens", "num_prefix_tokens", "num_prompt_tokens", "num_published_blocks",
+        "num_rated_tokens", "order", "params", "reports_logprobs", "request_id", "sampled_row", "scheduled_at", "seed",
+        "siblings",
         "status", "stop_reason", "token_ids",
     )  # fmt: skip
 
@@ -67,14 +74,17 @@ class Sequence:
         self.request_id = request_id
         self.index = index
         self.params = params
-        self._params_need_values = params.needs_values
+        self.needs_values, self.changes_logits = params.needs_values, params.changes_logits
+        self.reports_logprobs = params.reports_logprobs
+        self._stop_token_ids = frozenset(params.stop_token_ids + (() if params.ignore_eos else eos_token_ids))
         self.seed = seed
+        self.draw_inputs = params.pack(seed, index)
         self.eos_token_ids = eos_token_ids
         self.cache_salt = cache_salt
         self.token_ids = list(prompt_token_ids)
         self.num_prompt_tokens = len(prompt_token_ids)
         self.max_len = min(max_model_len, self.num_prompt_tokens + params.max_tokens)
-        self.block_table: list[int] = []
+        self.block_table = array("i")
         self.block_hashes: list[bytes] = []
         self.num_computed_tokens = 0
         self.num_pending_tokens = 0
@@ -110,18 +120,14 @@ class Sequence:
         each of them goes its own way."""
         if self.siblings:
             return max(self.num_prompt_tokens - 1 - self.num_computed_tokens, 0)
-        return self.num_uncomputed_tokens
-
-    @property
-    def needs_values(self) -> bool:
-        """Whether the host must know a token before the next one can be computed: masks and beams follow from it."""
-        return self.constraint is not None or self._params_need_values
+        return len(self.token_ids) + self.num_pending_tokens - self.num_computed_tokens
 
     @property
     def rates_prompt(self) -> bool:
         """Whether prompt logprobs are still to be asked for. The first of a request's sequences reports them."""
-        wanted = self.params.prompt_logprobs is not None and self.index == 0
-        return wanted and self.num_rated_tokens < self.num_prompt_tokens
+        if self.params.prompt_logprobs is None:
+            return False
+        return self.index == 0 and self.num_rated_tokens < self.num_prompt_tokens
 
     def fork(self) -> Sequence:
         """Another sequence with the same tokens, without blocks: a beam that goes its own way from here."""
@@ -137,11 +143,17 @@ class Sequence:
             order=self.order,
         )
         child.token_ids = list(self.token_ids)
-        child.constraint = None if self.constraint is None else self.constraint.fork()
+        if self.constraint is not None:
+            child.constrain(self.constraint.fork())
         child.num_rated_tokens = self.num_rated_tokens
         child.scheduled_at = self.scheduled_at
         child.status = self.status
         return child
+
+    def constrain(self, constraint: TextConstraint) -> None:
+        """Hold the text to a constraint, from here on."""
+        self.constraint = constraint
+        self.needs_values = self.changes_logits = True
 
     def append_token(self, token_id: int) -> None:
         """Add a sampled token and decide whether it is the last one (contract §4.4: end of sequence, stop
@@ -151,13 +163,13 @@ class Sequence:
             MatcherError: its constraint cannot go on.
         """
         self.token_ids.append(token_id)
-        self.num_pending_tokens = max(self.num_pending_tokens - 1, 0)
+        if self.num_pending_tokens:
+            self.num_pending_tokens -= 1
         if self.constraint is not None:
             self.constraint.accept(token_id)
-        if token_id in self.eos_token_ids and not self.params.ignore_eos:
-            self.finish("stop")
-        elif token_id in self.params.stop_token_ids:
-            self.finish("stop", stop_reason=token_id)
+        if token_id in self._stop_token_ids:
+            is_eos = token_id in self.eos_token_ids and not self.params.ignore_eos
+            self.finish("stop", stop_reason=None if is_eos else token_id)
         elif self.constraint is not None and self.constraint.is_complete:
             self.finish("stop")
         elif len(self.token_ids) >= self.max_len:

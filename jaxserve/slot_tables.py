@@ -46,8 +46,11 @@ class SlotTableManager:
         self._masks_on_device: jax.Array | None = None
 
     def assign(self, rows: list[ScheduledRow]) -> None:
-        """Give a slot to each sequence whose request needs one in a step's `rows` that sample, and bring its row of the
-        tables up to date."""
+        """Give a slot to each sequence that needs one in a step, and bring its row of the tables up to date.
+
+        Args:
+            rows: that sample, from logits that are changed.
+        """
         needing = [row.sequence for row in rows if needs_slot(row)]
         missing = [s for s in needing if s not in self._slot_of]
         if missing:

@@ -24,7 +24,7 @@ import numpy as np
 from jaxserve.block_manager import BlockManager
 from jaxserve.config import SchedulerConfig, SpeculativeConfig
 from jaxserve.sequence import Sequence
-from jaxserve.step_plan import ScheduledRow, StepPlan
+from jaxserve.step_plan import NO_POSITIONS, ScheduledRow, StepPlan
 from jaxserve.step_shapes import StepShape
 
 HASH_FACTOR, HASH_MASK = 0x9E3779B97F4A7C15, (1 << 64) - 1
@@ -63,10 +63,10 @@ class DraftRow(ScheduledRow):
     def __init__(self, before: ScheduledRow, token_id: int) -> None:
         self.sequence = before.sequence
         self.start, self.end, self.num_tokens = before.end, before.end + 1, 1
-        self.copies = []
+        self.copies = ()
         self.samples = True
         self.source_row = 0
-        self.prompt_logprob_range = (0, 0)
+        self.rates, self.prompt_logprob_range = False, NO_POSITIONS
         self.token_id = token_id
         self.accepted = False
 

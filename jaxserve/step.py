@@ -19,6 +19,7 @@ from jaxserve.kernels.reference import QuantizedPool
 from jaxserve.logits_processors import ProcessorInputs, SlotTables, write_tokens
 from jaxserve.models.llama import Llama, Pool
 from jaxserve.sampler import SamplingInputs, logprobs_of, sample
+from jaxserve.sampling_params import DRAW_INPUTS
 from jaxserve.sharding import VocabShard
 from jaxserve.step_shapes import StepProgram, StepShape
 
@@ -198,16 +199,17 @@ def _sampling_inputs(
         token_pool=token_pool,
         tables=tables,
     )
+    draws = dict(zip(DRAW_INPUTS, inputs["draws"], strict=True))
     return SamplingInputs(
-        temperature=_floats(inputs["temperature"]),
-        top_p=_floats(inputs["top_p"]),
-        min_p=_floats(inputs["min_p"]),
-        top_k=inputs["top_k"],
-        seed_low=inputs["seed_low"].astype(jnp.uint32),
-        seed_high=inputs["seed_high"].astype(jnp.uint32),
-        choice=inputs["choice"],
+        temperature=_floats(draws["temperature"]),
+        top_p=_floats(draws["top_p"]),
+        min_p=_floats(draws["min_p"]),
+        top_k=draws["top_k"],
+        seed_low=draws["seed_low"].astype(jnp.uint32),
+        seed_high=draws["seed_high"].astype(jnp.uint32),
+        choice=draws["choice"],
         position=inputs["seq_lens"],
-        num_logprobs=inputs["num_logprobs"],
+        num_logprobs=draws["num_logprobs"],
         num_candidates=inputs["num_candidates"],
         processors=processors,
     )

@@ -10,14 +10,16 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
-from jaxserve.block_manager import BlockCopy
 from jaxserve.kernels.lanes import plan_lanes
 from jaxserve.kernels.metadata import QUERY_TILE
+from jaxserve.sampling_params import NO_DRAW
 from jaxserve.sequence import Sequence
 from jaxserve.step_plan import ALL_LAYERS, ScheduledRow, StepPlan
 from jaxserve.step_shapes import StepProgram, StepShape
 
-NO_LOGPROBS = -1
+ONE = np.float32(1.0).view(np.int32)
+PADDING_DRAWS = np.frombuffer(NO_DRAW, np.int32)[:, None]
+Inputs = dict[str, npt.NDArray[np.int32]]
 
 
 class SlotLookup(Protocol):
@@ -42,36 +44,28 @@ def pack_step(
         int32 [program.layout.size].
     """
     buffer = np.zeros(program.layout.size, np.int32)
-    inputs: dict[str, npt.NDArray[np.int32]] = program.layout.unpack(buffer)
-    for name in FLOATS:
-        inputs[name] = inputs[name].view(np.float32)
-    inputs["num_logprobs"][:] = NO_LOGPROBS
-    inputs["top_p"][:] = 1.0
-    inputs["repetition"][:] = 1.0
-    ends = _pack_tokens(inputs, plan.rows, block_size)
+    inputs: Inputs = program.layout.unpack(buffer)
+    inputs["repetition"][:] = ONE
+    rows = plan.rows
+    ends = _pack_tokens(inputs, rows, block_size)
+    _pack_draws(inputs, rows)
     tiles: list[tuple[int, int]] = []
-    copies: list[BlockCopy] = []
-    processed: list[int] = []
-    num_tiled_tokens = num_prompt_tokens = 0
-    for s, row in enumerate(plan.rows):
-        if shape.tiled and row.num_tokens > 1:
-            tiles += [(s, first) for first in range(ends[s] - row.num_tokens, ends[s], QUERY_TILE)]
-            num_tiled_tokens += row.num_tokens
-        if shape.prompt_logprobs:
-            num_prompt_tokens = _pack_prompt_targets(inputs, row, ends[s] - row.num_tokens, num_prompt_tokens)
-        copies += row.copies
-        if row.samples:
-            _pack_sampling(inputs, s, row.sequence)
-            if _pack_processors(inputs, s, row, slots):
-                processed.append(s)
-    inputs["processed_rows"][: len(processed)] = processed
-    if tiles:
+    num_single_tokens = plan.num_tokens
+    if shape.tiled and not plan.is_of_single_tokens:
+        for s, (row, end) in enumerate(zip(rows, ends, strict=True)):
+            if row.num_tokens > 1:
+                tiles += [(s, first) for first in range(end - row.num_tokens, end, QUERY_TILE)]
+                num_single_tokens -= row.num_tokens
         inputs["tiles"][: len(tiles)] = tiles
+    copies = [copy for row in rows for copy in row.copies]
     if copies:
         inputs["block_copies"][: len(copies)] = copies
-    num_single_tokens = (ends[-1] if ends else 0) - num_tiled_tokens
+    processed = [s for s, row in enumerate(rows) if row.samples and row.sequence.changes_logits]
+    processed = [s for s in processed if _pack_processors(inputs, s, rows[s], slots)]
+    inputs["processed_rows"][: len(processed)] = processed
+    num_prompt_tokens = _pack_prompt_targets(inputs, rows, ends) if shape.prompt_logprobs else 0
     num_lane_groups = _pack_lanes(inputs, shape, num_single_tokens, block_size) if shape.lanes else 0
-    num_rows = len(plan.rows) if plan.layers == ALL_LAYERS else 0  # that have logits
+    num_rows = len(rows) if plan.layers == ALL_LAYERS else 0  # that have logits
     inputs["counts"][:] = (
         num_single_tokens, len(tiles), len(copies), len(processed), num_prompt_tokens, num_rows, num_lane_groups,
     )  # fmt: skip
@@ -80,19 +74,15 @@ def pack_step(
     return buffer
 
 
-FLOATS = ("temperature", "top_p", "min_p", "repetition", "frequency", "presence")
-Inputs = dict[str, npt.NDArray[np.int32]]
-
-
 def _pack_tokens(inputs: Inputs, rows: list[ScheduledRow], block_size: int) -> list[int]:
     """The rows' tokens, where their KV goes, and what they attend to; returns the flat index behind each row."""
     S = len(rows)
     block_tables = inputs["block_tables"]
-    token_ids: list[int] = []
-    for s, row in enumerate(rows):
-        table = row.sequence.block_table
-        block_tables[s, : len(table)] = table
-        token_ids += row.token_ids
+    if S:
+        num_bytes = block_tables[0].nbytes
+        tables = b"".join([row.sequence.block_table.tobytes().ljust(num_bytes, b"\0") for row in rows])
+        block_tables[:S] = np.frombuffer(tables, np.int32).reshape(S, -1)
+    token_ids = [token_id for row in rows for token_id in row.token_ids]
     lengths = np.fromiter([row.num_tokens for row in rows], np.int32, S)
     seq_lens = np.fromiter([row.end for row in rows], np.int32, S)
     ends = np.cumsum(lengths, dtype=np.int32)
@@ -121,28 +111,25 @@ def _pack_lanes(inputs: Inputs, shape: StepShape, num_single_tokens: int, block_
     return len(groups)
 
 
-def _pack_prompt_targets(inputs: Inputs, row: ScheduledRow, token: int, count: int) -> int:
-    """Name the row's tokens whose successor in the prompt is to be rated; returns the new count of such tokens."""
-    first, stop = row.prompt_logprob_range
-    num = stop - first
-    if num > 0:
-        offset = token + first - row.start
-        inputs["prompt_tokens"][count : count + num] = np.arange(offset, offset + num)
-        inputs["prompt_targets"][count : count + num] = row.sequence.token_ids[first + 1 : stop + 1]
-    return count + max(num, 0)
+def _pack_prompt_targets(inputs: Inputs, rows: list[ScheduledRow], ends: list[int]) -> int:
+    """Name the rows' tokens whose successors in the prompt are to be rated; returns how many they are."""
+    count = 0
+    for row, end in zip(rows, ends, strict=True):
+        if row.rates:
+            first, stop = row.prompt_logprob_range
+            num, offset = stop - first, end - row.end
+            inputs["prompt_tokens"][count : count + num] = np.arange(first + offset, stop + offset)
+            inputs["prompt_targets"][count : count + num] = row.sequence.token_ids[first + 1 : stop + 1]
+            count += num
+    return count
 
 
-def _pack_sampling(inputs: Inputs, s: int, sequence: Sequence) -> None:
-    params = sequence.params
-    if not params.greedy:
-        inputs["temperature"][s] = params.temperature
-        inputs["top_p"][s], inputs["min_p"][s] = params.top_p, params.min_p
-        inputs["top_k"][s] = max(params.top_k, 0)
-        inputs["seed_low"][s : s + 1].view(np.uint32)[0] = sequence.seed & 0xFFFFFFFF
-        inputs["seed_high"][s : s + 1].view(np.uint32)[0] = (sequence.seed >> 32) & 0xFFFFFFFF
-        inputs["choice"][s] = sequence.index
-    if params.reports_logprobs:
-        inputs["num_logprobs"][s] = params.logprobs or 0
+def _pack_draws(inputs: Inputs, rows: list[ScheduledRow]) -> None:
+    """What the rows that sample draw by."""
+    packed = b"".join([row.sequence.draw_inputs if row.samples else NO_DRAW for row in rows])
+    draws = inputs["draws"]
+    draws[:, : len(rows)] = np.frombuffer(packed, np.int32).reshape(len(rows), len(draws)).T
+    draws[:, len(rows) :] = PADDING_DRAWS
 
 
 def _pack_processors(inputs: Inputs, s: int, row: ScheduledRow, slots: SlotLookup | None) -> bool:
@@ -154,8 +141,9 @@ def _pack_processors(inputs: Inputs, s: int, row: ScheduledRow, slots: SlotLooku
     if params.has_penalties:
         inputs["prompt_len"][s] = sequence.num_prompt_tokens
         inputs["num_counted"][s] = row.end
-        inputs["repetition"][s] = params.repetition_penalty
-        inputs["frequency"][s], inputs["presence"][s] = params.frequency_penalty, params.presence_penalty
+        inputs["repetition"].view(np.float32)[s] = params.repetition_penalty
+        inputs["frequency"].view(np.float32)[s] = params.frequency_penalty
+        inputs["presence"].view(np.float32)[s] = params.presence_penalty
     if params.use_beam_search:
         inputs["num_candidates"][s] = 2 * params.num_sequences  # half of them may end
     return bool(slot) or params.has_penalties or params.use_beam_search

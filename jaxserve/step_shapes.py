@@ -12,6 +12,7 @@ from typing import Any
 
 from jaxserve.kernels.lanes import TOKEN_GROUP, max_groups, max_lanes
 from jaxserve.kernels.metadata import MAX_UNTILED_TOKENS, QUERY_TILE
+from jaxserve.sampling_params import DRAW_INPUTS
 
 MAX_SHAPES = 8
 SHARED_TOKENS = 32  # times as many as in the smallest shape of a program
@@ -54,14 +55,7 @@ class StepShape:
             "lane_groups": (max_groups(T) if self.lanes else 0, 2),
             "block_copies": (S, 2),
             "logits_index": (S,),  # flat index of the row's last token
-            "temperature": (S,),  # float32 bits, as top_p and min_p
-            "top_p": (S,),
-            "min_p": (S,),
-            "top_k": (S,),
-            "seed_low": (S,),
-            "seed_high": (S,),
-            "choice": (S,),
-            "num_logprobs": (S,),
+            "draws": (len(DRAW_INPUTS), S),
             "processed_rows": (S,),  # those whose logits are changed, first
             "slot": (S,),
             "num_biases": (S,),
@@ -119,7 +113,7 @@ class StepShape:
 
     def narrow(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """This shape's part of a larger shape's inputs."""
-        return {name: inputs[name][: shape[0]] for name, shape in self.fields.items()}
+        return {name: inputs[name][tuple(map(slice, shape))] for name, shape in self.fields.items()}
 
 
 @dataclass(frozen=True)

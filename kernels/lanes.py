@@ -83,16 +83,16 @@ def plan_lanes(lens: npt.NDArray[np.int32], num_tokens: int, *, block_size: int,
 def _worth_splitting(chunks: npt.NDArray[np.int32]) -> list[int]:
     """The tokens to split, of groups [n, R] with so many chunks of context each: those without which a group saves more
     than they take by themselves. A group of which too many would have to be split is left as it is."""
-    if chunks.size == 0 or chunks.max() < WORTH_WHILE:
+    most = chunks.max(initial=0)
+    if most < WORTH_WHILE or most - chunks.min(where=chunks > 0, initial=most) <= SPLIT_COST:
         return []
-    alone = -(-chunks // chunks.shape[1]) + SPLIT_COST
-    is_longer = chunks[:, None, :] > chunks[:, :, None]
-    costs = chunks + np.sum(is_longer * alone[:, None, :], axis=-1)  # if all longer than the j-th are split
-    num_longer = is_longer.sum(axis=-1)
+    R = chunks.shape[1]
+    tokens = np.argsort(-chunks, axis=1, kind="stable")
+    longest = np.take_along_axis(chunks, tokens, axis=1)[:, : MAX_SPLITS + 1]
+    costs = longest.copy()  # [n, k]: of a group if its k longest are split
+    costs[:, 1:] += np.cumsum(-(-longest[:, :-1] // R) + SPLIT_COST, axis=1)
     split: list[int] = []
-    for group, R in enumerate([chunks.shape[1]] * len(chunks)):
-        allowed = num_longer[group] <= MAX_SPLITS - len(split)
-        best = np.min(costs[group], where=allowed, initial=costs.max())
-        limit = np.max(chunks[group], where=allowed & (costs[group] == best), initial=0)
-        split += (group * R + np.flatnonzero(chunks[group] > limit)).tolist()
+    for group in np.flatnonzero(costs.argmin(axis=1)):
+        count = costs[group, : MAX_SPLITS - len(split) + 1].argmin()
+        split += (group * R + tokens[group, :count]).tolist()
     return split

@@ -12,8 +12,9 @@ import pytest
 ROOT = Path(__file__).parents[1] / "jaxserve"
 RANKS = [  # from the bottom up; modules of one rank do not import each other
     "errors kernels kernels.lanes kernels.metadata token_bound weight_layouts",
-    "config sampling_params kernels.reference step_shapes",
-    "kernels.pallas_tpu_layout", "kernels.pallas_tpu_common", "kernels.pallas_tpu_decode kernels.pallas_tpu_prefill",
+    "config sampling_params kernels.reference",
+    "kernels.pallas_tpu_layout step_shapes", "kernels.pallas_tpu_common",
+    "kernels.pallas_tpu_decode kernels.pallas_tpu_prefill",
     "constraints constraints.constraint constraints.backends", "constraints.backends.base",
     "messages constraints.text_constraint compilation demo_model",
     "kernels.blocked_attention kernels.pallas_tpu kernels.pallas_triton", "kernels.pallas_mosaic_gpu",

@@ -4,6 +4,7 @@ the reference."""
 from __future__ import annotations
 
 import functools
+from array import array
 from collections.abc import Callable
 from typing import Any
 
@@ -56,14 +57,14 @@ def two_steps(backend: str, attend: Callable[..., Any]) -> list[np.ndarray]:
     for length, blocks in ((5, [3, 7]), (70, [1, 12, 9, 18, 4])):
         tokens = [int(token) for token in rng.randint(0, model.config.vocab_size, length)]
         sequence = Sequence("r", 0, tokens, SamplingParams(), seed=0, max_model_len=MAX_MODEL_LEN)
-        sequence.block_table = blocks
+        sequence.block_table = array("i", blocks)
         rows.append(sequence)
     shape = PoolShape(NUM_BLOCKS, model.config.num_kv_heads, B, model.config.head_dim, jnp.dtype("float32"))
     layer: Any = pool_struct(backend, shape, PLATFORMS[backend])
     pool = jnp.zeros((model.config.num_layers, *layer.shape), layer.dtype)
     outputs = []
     for step in (StepShape(128, 8, M), StepShape(8, 8, M, decode_only=True)):
-        plan = StepPlan([ScheduledRow(s, s.num_uncomputed_tokens, []) for s in rows])
+        plan = StepPlan([ScheduledRow(s, s.num_uncomputed_tokens, ()) for s in rows])
         inputs = {
             k: jnp.asarray(v) for k, v in step.unpack(pack_step(plan, StepProgram((step,)), step, B)).items()
         }

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from array import array
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -57,8 +59,8 @@ def make_plan(
         tokens = [1] * (computed + num_tokens)
         sequence = Sequence("r", 0, tokens, SamplingParams(), seed=0, max_model_len=MAX_MODEL_LEN)
         sequence.num_computed_tokens = computed
-        sequence.block_table = [int(free.pop()) for _ in range(-(-len(tokens) // block_size))]
-        plan.rows.append(ScheduledRow(sequence, num_tokens, []))
+        sequence.block_table = array("i", [int(free.pop()) for _ in range(-(-len(tokens) // block_size))])
+        plan.rows.append(ScheduledRow(sequence, num_tokens, ()))
     return plan
 
 
