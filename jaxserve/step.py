@@ -305,7 +305,9 @@ def _forward(
             num_single_tokens=num_single_tokens,
             tiles=own["tiles"],
             num_tiles=num_tiles,
-            lanes=Lanes(own["lanes"], own["lane_groups"], own["counts"][6]) if shape.lanes else None,
+            lanes=Lanes(own["lanes"], own["lane_groups"], own["merged_tokens"], own["counts"][6])
+            if shape.lanes
+            else None,
         )
         return model(
             x,

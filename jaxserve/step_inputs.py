@@ -105,9 +105,12 @@ def _pack_tokens(inputs: Inputs, rows: list[ScheduledRow], block_size: int) -> l
 def _pack_lanes(inputs: Inputs, shape: StepShape, num_single_tokens: int, block_size: int) -> int:
     """How single tokens are attended; returns the number of groups."""
     lens = inputs["positions"][:num_single_tokens] + 1
-    lanes, groups = plan_lanes(lens, shape.num_tokens, block_size=block_size, max_blocks=shape.blocks_per_row)
+    lanes, groups, merged = plan_lanes(
+        lens, shape.num_tokens, block_size=block_size, max_blocks=shape.blocks_per_row
+    )
     inputs["lanes"][: len(lanes)] = lanes
     inputs["lane_groups"][: len(groups)] = groups
+    inputs["merged_tokens"][: len(merged)] = merged
     return len(groups)
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from jaxserve.kernels.lanes import TOKEN_GROUP, max_groups, max_lanes
+from jaxserve.kernels.lanes import MAX_SPLITS, TOKEN_GROUP, max_groups, max_lanes
 from jaxserve.kernels.metadata import MAX_UNTILED_TOKENS, QUERY_TILE
 from jaxserve.sampling_params import DRAW_INPUTS
 
@@ -52,7 +52,8 @@ class StepShape:
             "query_start_loc": (S + 1,),
             "tiles": (T // QUERY_TILE + S if self.tiled else 0, 2),
             "lanes": (max_lanes(T) if self.lanes else 0, 3),
-            "lane_groups": (max_groups(T) if self.lanes else 0, 2),
+            "lane_groups": (max_groups(T) if self.lanes else 0, 3),
+            "merged_tokens": (MAX_SPLITS if self.lanes else 0,),
             "block_copies": (S, 2),
             "logits_index": (S,),  # flat index of the row's last token
             "draws": (len(DRAW_INPUTS), S),

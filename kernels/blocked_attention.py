@@ -179,19 +179,20 @@ def paged_attention(
     flat_tables = jnp.pad(tables.reshape(-1), (0, tables.shape[1]))
 
     def lane_group(lanes: Lanes, g: jax.Array, out: jax.Array) -> jax.Array:
-        """Into out [≥ T + group, H, D]; what lanes of one token have seen is put together."""
+        """Into out [≥ T + group, H, D]; what lanes of one token have seen is put together in its place."""
         tokens, first_blocks, lens = _slice(lanes.lanes, g * group, group).T
         q = _take(queries, tokens).reshape(group, K, G, D)
         starts = _take(metadata.token_rows, tokens) * tables.shape[1] + first_blocks
         block_rows = _take(flat_tables, starts[:, None] + jnp.arange(tables.shape[1], dtype=jnp.int32))
         state = _attend_tokens(q, context, block_rows, lens, chunk=chunk)
-        first, merged = _slice(lanes.groups, g, 1)[0]
+        first, begin, end = _slice(lanes.groups, g, 1)[0]
         out = _update(out, _normalize(state).reshape(group, H, D), first)
 
-        def put_merged(_: jax.Array, out: jax.Array) -> jax.Array:
-            return _update(out, _normalize(_merge(state)).reshape(1, H, D), merged)
+        def put_merged(i: jax.Array, out: jax.Array) -> jax.Array:
+            token = _item(lanes.merged, i)
+            return _update(out, _normalize(_merge(state, tokens == token)).reshape(1, H, D), token)
 
-        return lax.fori_loop(0, (merged >= 0).astype(jnp.int32), put_merged, out)
+        return lax.fori_loop(begin, end, put_merged, out)
 
     def attend_tokens(rows: int) -> jax.Array:
         """[≥ rows, H, D] float32: updates of anything smaller are updates of a copy."""
@@ -363,13 +364,15 @@ def _attend_tokens(
     return state
 
 
-def _merge(state: State) -> State:
-    """What all lanes have seen together, [1, K, G] each and [1, K, G, D]."""
+def _merge(state: State, own: jax.Array) -> State:
+    """What those lanes have seen together, own [R] bool: [1, K, G] each and [1, K, G, D]."""
     peaks, totals, accs = state
-    peak = jnp.max(peaks, axis=0, keepdims=True)
-    weights = jnp.exp(peaks - peak)
-    total = jnp.sum(weights * totals, axis=0, keepdims=True)
-    return peak, total, jnp.sum(weights[..., None] * accs, axis=0, keepdims=True)
+    own = own[:, None, None]
+    peak = jnp.max(jnp.where(own, peaks, MASKED), axis=0, keepdims=True)
+    weights = jnp.where(own, jnp.exp(peaks - peak), 0.0)
+    total = jnp.sum(jnp.where(own, weights * totals, 0.0), axis=0, keepdims=True)
+    acc = jnp.where(own[..., None], weights[..., None] * accs, 0.0)  # NaN of others stay with them
+    return peak, total, jnp.sum(acc, axis=0, keepdims=True)
 
 
 def _normalize(state: State) -> jax.Array:

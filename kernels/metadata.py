@@ -16,6 +16,7 @@ class Lanes(NamedTuple):
 
     lanes: jax.Array
     groups: jax.Array
+    merged: jax.Array
     num_groups: jax.Array
 
 

@@ -17,7 +17,7 @@ from jaxserve.kernels.blocked_attention import EXP2_16_BITS, EXP2_32_BITS, exp2,
 from jaxserve.kernels.lanes import (
     GROUP_CHUNK,
     MAX_SPLITS,
-    NOT_SPLIT,
+    MERGE_COST,
     group_size,
     max_groups,
     max_lanes,
@@ -91,7 +91,9 @@ def metadata_of(
         **{n: inputs[n] for n in names},
         num_single_tokens=single,
         num_tiles=num_tiles,
-        lanes=Lanes(inputs["lanes"], inputs["lane_groups"], inputs["counts"][6]) if lanes else None,
+        lanes=Lanes(inputs["lanes"], inputs["lane_groups"], inputs["merged_tokens"], inputs["counts"][6])
+        if lanes
+        else None,
     )
 
 
@@ -160,6 +162,8 @@ CASES = {
         [(620, 1), (560, 1), *((i % 15, 1) for i in range(37)), (600, 1)],
         64,
     ),
+    "few over lanes to spare": ([(900, 1), (350, 1), (20, 1)], 8),
+    "few over lanes to spare, beside a prompt": ([(600, 1), (700, 1), (130, 70)], 128),
     "one stream far ahead, beside a prompt": ([(1233, 1), (40, 1), (3, 1), (0, 70)], 128),
 }
 
@@ -253,7 +257,7 @@ def test_lanes_cover_each_context_once_and_take_no_longer_than_one_for_each(
 ) -> None:
     batch = next(size for size in (1, 8, 16, 32, 64, 128, 256) if size >= len(lens))
     size = group_size(batch)
-    lanes, groups = plan_lanes(
+    lanes, groups, merged = plan_lanes(
         np.array(lens, np.int32), batch, block_size=block_size, max_blocks=9000 // block_size + 1
     )
     assert len(lanes) == size * len(groups) <= max_lanes(batch)
@@ -268,19 +272,37 @@ def test_lanes_cover_each_context_once_and_take_no_longer_than_one_for_each(
         ends = [0, *(end for _, end in parts[token])]
         assert ends[-1] == length
         assert [start for start, _ in parts[token]] == ends[:-1]
-    merged = [token for _, token in groups.tolist() if token != NOT_SPLIT]
-    assert sorted(merged) == sorted(token for token, own in parts.items() if len(own) > 1)
+    assert sorted(merged.tolist()) == sorted(token for token, own in parts.items() if len(own) > 1)
     assert len(merged) <= MAX_SPLITS
+    assert [i for _, begin, end in groups.tolist() for i in range(begin, end)] == list(range(len(merged)))
+    for g, (first, begin, end) in enumerate(groups.tolist()):
+        own_lanes = lanes[g * size : (g + 1) * size]
+        for token in merged[begin:end].tolist():
+            assert np.sum((own_lanes[:, 0] == token) & (own_lanes[:, 2] > 0)) == len(parts[token])
+        if (
+            first < batch
+        ):  # whose results are where they belong, but for parts, and for what lies behind the tokens
+            at = np.arange(first, first + size)
+            assert np.all((own_lanes[:, 0] == at) | (at >= len(lens)))
     whole = np.zeros((-(-len(lens) // size) * size, 3), np.int32)
     whole[: len(lens), 2] = lens
     if block_size <= GROUP_CHUNK:
-        assert chunks_taken(lanes, size) + len(merged) <= chunks_taken(whole, size)
+        assert chunks_taken(lanes, size) + MERGE_COST * len(merged) <= chunks_taken(whole, size)
 
 
 def test_a_long_context_does_not_hold_up_short_ones() -> None:
-    lanes, groups = plan_lanes(np.array([400] * 15 + [7900], np.int32), 16, block_size=64, max_blocks=128)
-    assert groups.tolist() == [[0, NOT_SPLIT], [16, 15]]
+    lens = np.array([400] * 15 + [7900], np.int32)
+    lanes, groups, merged = plan_lanes(lens, 16, block_size=64, max_blocks=128)
+    assert groups.tolist() == [[0, 0, 0], [16, 0, 1]]
+    assert merged.tolist() == [15]
     assert chunks_taken(lanes, 16) == 7 + 8  # instead of 124
+
+
+@pytest.mark.parametrize(("lens", "chunks"), [([1000] * 2, 4), ([1000] * 4, 8), ([7900, 400], 18)], ids=str)
+def test_few_tokens_are_attended_over_lanes_that_are_to_spare(lens: list[int], chunks: int) -> None:
+    lanes, groups, _ = plan_lanes(np.array(lens, np.int32), 8, block_size=64, max_blocks=128)
+    assert len(groups) == 1
+    assert chunks_taken(lanes, 8) == chunks
 
 
 @pytest.mark.parametrize(("polynomial", "tolerance"), [(EXP2_16_BITS, 4e-6), (EXP2_32_BITS, 2e-7)])
@@ -320,6 +342,25 @@ def test_nan_stays_in_its_row(dtype: str) -> None:
     (with_nan,) = np.isnan(np.asarray(out[: plan.num_tokens], np.float32)).any((1, 2)).nonzero()
     assert 7 in with_nan
     assert set(range(100, 110)) <= set(with_nan) <= {7, *range(70, 110)}
+
+
+def test_nan_stays_in_its_row_where_lanes_of_several_are_put_together() -> None:
+    rng = np.random.RandomState(0)
+    plan = make_plan([(900, 1), (800, 1), (3, 1)], rng)
+    q, k, v = (rng.randn(8, heads, 16).astype(np.float32) for heads in (6, 2, 2))
+    pool = to_blocked(jnp.asarray(rng.randn(NUM_BLOCKS, 2, 2, BLOCK_SIZE, 16), jnp.float32))
+
+    def attend() -> np.ndarray:
+        metadata = metadata_of(plan, 8, lanes=True)
+        assert metadata.lanes is not None
+        assert np.asarray(metadata.lanes.groups)[0].tolist() == [0, 0, 2]
+        return np.asarray(paged_attention(*map(jnp.asarray, (q, k, v)), pool, metadata, scale=0.2)[0])
+
+    expected = attend()
+    q[0] = np.nan
+    out = attend()
+    assert np.isnan(out[0]).all()
+    np.testing.assert_array_equal(out[1:3], expected[1:3])
 
 
 # -- which implementation ---------------------------------------------------------------------------------------
