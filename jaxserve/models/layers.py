@@ -129,6 +129,7 @@ def _added_up(row: jax.Array, weight: jax.Array) -> jax.Array:
     return jnp.sum(lax.cond(jnp.isnan(row[0]), nothing, partial(partial_sums, row, weight)), axis=(1, 2))
 
 
+@jax.jit  # traced once for all layers
 def partial_sums(row: jax.Array, weight: jax.Array) -> jax.Array:
     """row [in] float32 · weight [out, in] → [out, n, LANES] float32, n = in / (terms of a sum · LANES); the product is
     their sum for each output."""
