@@ -78,10 +78,11 @@ def _pack_tokens(inputs: Inputs, rows: list[ScheduledRow], block_size: int) -> l
     """The rows' tokens, where their KV goes, and what they attend to; returns the flat index behind each row."""
     S = len(rows)
     block_tables = inputs["block_tables"]
-    if S:
-        num_bytes = block_tables[0].nbytes
+    longest = max((len(row.sequence.block_table) for row in rows), default=0)
+    if longest:
+        num_bytes = longest * block_tables.itemsize
         tables = b"".join([row.sequence.block_table.tobytes().ljust(num_bytes, b"\0") for row in rows])
-        block_tables[:S] = np.frombuffer(tables, np.int32).reshape(S, -1)
+        block_tables[:S, :longest] = np.frombuffer(tables, np.int32).reshape(S, longest)
     token_ids = [token_id for row in rows for token_id in row.token_ids]
     lengths = np.fromiter([row.num_tokens for row in rows], np.int32, S)
     seq_lens = np.fromiter([row.end for row in rows], np.int32, S)

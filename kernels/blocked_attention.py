@@ -176,14 +176,16 @@ def paged_attention(
         state = _attend_tokens(q, context, block_rows, lens, chunk=chunk)
         return _update(out, _normalize(state).reshape(group, H, D), first)
 
-    flat_tables = jnp.pad(tables.reshape(-1), (0, tables.shape[1]))
+    flat_tables = tables.reshape(-1)
 
     def lane_group(lanes: Lanes, g: jax.Array, out: jax.Array) -> jax.Array:
         """Into out [≥ T + group, H, D]; what lanes of one token have seen is put together in its place."""
         tokens, first_blocks, lens = _slice(lanes.lanes, g * group, group).T
         q = _take(queries, tokens).reshape(group, K, G, D)
-        starts = _take(metadata.token_rows, tokens) * tables.shape[1] + first_blocks
-        block_rows = _take(flat_tables, starts[:, None] + jnp.arange(tables.shape[1], dtype=jnp.int32))
+        width = tables.shape[1]
+        # a part that is shorter than others reads on to the end of its own row's table, and there it stays
+        columns = jnp.minimum(first_blocks[:, None] + jnp.arange(width, dtype=jnp.int32), width - 1)
+        block_rows = _take(flat_tables, (_take(metadata.token_rows, tokens) * width)[:, None] + columns)
         state = _attend_tokens(q, context, block_rows, lens, chunk=chunk)
         first, begin, end = _slice(lanes.groups, g, 1)[0]
         out = _update(out, _normalize(state).reshape(group, H, D), first)
