@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from bisect import insort
+from itertools import islice
 
 from jaxserve.block_manager import BlockManager
 from jaxserve.config import SchedulerConfig
@@ -286,13 +287,15 @@ class Scheduler:
         """Where seats or blocks are short, sequences of lower priority give theirs to the most urgent that waits.
         What they lose is computed again, mostly from the prefix cache."""
         while self.running and self.waiting:
-            first = self.waiting[0]
+            is_taken = any(map(self._is_long, self.running))  # by a long prompt, which holds back others
+            ahead = islice(self.waiting, MAX_PASSED_OVER)
+            first = next((s for s in ahead if not (is_taken and self._is_long(s))), None)
+            if first is None:
+                return
             is_full = len(self.running) >= self.config.max_num_seqs
             victim = self.running[-1] if is_full else self._least_urgent_with_blocks()
             if victim.order[0] <= first.order[0] or first.num_pending_tokens:
                 return
-            if self._is_long(first) and any(self._is_long(s) for s in self.running if s is not victim):
-                return  # it is held back and would not take the place
             if not is_full and self.block_manager.has_room_for(first):
                 return
             self._preempt(victim)

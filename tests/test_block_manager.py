@@ -348,6 +348,19 @@ def test_of_long_prompts_that_are_alike_beside_a_stream_the_first_alone_is_compu
     assert min(others) >= 12  # with so much in the cache the rest is no longer long
 
 
+def test_an_urgent_short_prompt_gets_the_seat_that_an_urgent_long_one_would_not_take() -> None:
+    scheduler = make_scheduler(**PACED, max_num_seqs=3)
+    for name in ("stream", "other stream"):
+        scheduler.add(make_sequence(name, [2, 2], max_tokens=60, max_model_len=100, priority=1))
+    run_step(scheduler)
+    scheduler.add(make_sequence("long", [1] * 20))
+    run_step(scheduler)
+    for name, length in (("another", 20), ("short", 2)):
+        scheduler.add(make_sequence(name, [3] * length))
+    assert ("short", 2) in rows_of(run_step(scheduler))
+    assert names(scheduler.waiting) == ["another", "other stream"]
+
+
 def test_nobody_is_preempted_for_a_long_prompt_that_is_held_back() -> None:
     scheduler = make_scheduler(**PACED, max_num_seqs=3)
     scheduler.add(make_sequence("stream", [2, 2], max_tokens=60, max_model_len=100, priority=1))
