@@ -17,6 +17,7 @@ MAX_STOP_TOKEN_IDS = 1024
 MAX_LOGIT_BIASES = 1024
 MAX_BAD_WORD_TOKENS = 1024  # of all bad words of a request together
 INT64_MIN, INT64_MAX = -(2**63), 2**63 - 1
+INT32_MAX = 2**31 - 1
 
 # what a draw takes, in the order of `SamplingParams.pack`
 DRAW_INPUTS = "temperature", "top_p", "min_p", "top_k", "seed_low", "seed_high", "choice", "num_logprobs"
@@ -192,7 +193,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
         if self.greedy:
             return DRAW.pack(0.0, 1.0, 0.0, 0, 0, 0, 0, num_logprobs)
         low, high = seed & 0xFFFFFFFF, (seed >> 32) & 0xFFFFFFFF
-        top_k = max(self.top_k, 0)
+        top_k = min(max(self.top_k, 0), INT32_MAX)
         return DRAW.pack(self.temperature, self.top_p, self.min_p, top_k, low, high, choice, num_logprobs)
 
 

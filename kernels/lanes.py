@@ -74,7 +74,7 @@ def plan_lanes(lens: Int32s, num_tokens: int, *, block_size: int, max_blocks: in
 
     own, cost = _with_own_groups(chunks.reshape(-1, R))
     counts = np.ones_like(chunks)  # of lanes of each token
-    if num_groups == 1:
+    if len(lens) < R:  # one group, with lanes to spare
         spread = _over_spare_lanes(chunks[: len(lens)], R)
         if np.max(-(-chunks[: len(lens)] // spread)) + MERGE_COST * np.sum(spread > 1) < cost:
             counts[: len(lens)], own = spread, []
