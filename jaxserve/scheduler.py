@@ -2,7 +2,8 @@
 
 Continuous batching (Orca, OSDI '22) over a paged KV cache (PagedAttention, SOSP '23) with chunked prefill
 (Sarathi-Serve, OSDI '24). By priority, then first come, first served: the most urgent sequence always makes progress,
-and the least urgent is the one that is preempted, so nobody starves but by requests of higher priority.
+but a long prompt where another one is under way, which ends first; and the least urgent is the one that is preempted.
+So nobody starves but by requests of higher priority.
 """
 
 from __future__ import annotations

@@ -43,7 +43,7 @@ from jaxserve.step_plan import ScheduledRow, StepPlan
 from jaxserve.step_shapes import StepProgram, StepShape
 
 BLOCK_SIZE = 16
-NUM_BLOCKS = 160
+NUM_BLOCKS = 168
 Pool = jax.Array | QuantizedPool
 MAX_MODEL_LEN = 1280
 SWEEP = pytest.mark.sweep
@@ -279,9 +279,7 @@ def test_lanes_cover_each_context_once_and_take_no_longer_than_one_for_each(
         own_lanes = lanes[g * size : (g + 1) * size]
         for token in merged[begin:end].tolist():
             assert np.sum((own_lanes[:, 0] == token) & (own_lanes[:, 2] > 0)) == len(parts[token])
-        if (
-            first < batch
-        ):  # whose results are where they belong, but for parts, and for what lies behind the tokens
+        if first < batch:  # results are where they belong, but for parts, and what lies behind the tokens
             at = np.arange(first, first + size)
             assert np.all((own_lanes[:, 0] == at) | (at >= len(lens)))
     whole = np.zeros((-(-len(lens) // size) * size, 3), np.int32)
@@ -361,6 +359,22 @@ def test_nan_stays_in_its_row_where_lanes_of_several_are_put_together() -> None:
     out = attend()
     assert np.isnan(out[0]).all()
     np.testing.assert_array_equal(out[1:3], expected[1:3])
+
+
+def test_nan_stays_in_its_row_where_a_lane_takes_as_long_as_longer_ones() -> None:
+    """The second half of the first row's context is in a lane beside longer ones, at the end of its table."""
+    block_size, num_blocks = 64, 24
+    rng = np.random.RandomState(0)
+    rows = [(num_blocks * block_size - 1, 1)] + [((num_blocks - 1) * block_size - 1, 1)] * 6
+    plan = make_plan(rows, rng, block_size)
+    metadata = metadata_of(plan, 8, block_size, num_blocks * block_size, lanes=True)
+    assert metadata.lanes is not None
+    assert np.asarray(metadata.lanes.lanes)[7].tolist() == [0, 12, 12 * block_size]
+    pool = rng.randn(NUM_BLOCKS, 2, 2, block_size, 16).astype(np.float32)
+    pool[list(plan.rows[1].sequence.block_table[:4])] = np.nan
+    q, k, v = (jnp.asarray(rng.randn(8, heads, 16), jnp.float32) for heads in (6, 2, 2))
+    out, _ = paged_attention(q, k, v, to_blocked(jnp.asarray(pool)), metadata, scale=0.2)
+    assert np.isnan(np.asarray(out[:7])).any((1, 2)).nonzero()[0].tolist() == [1]
 
 
 # -- which implementation ---------------------------------------------------------------------------------------

@@ -259,7 +259,7 @@ def simulate(
     rng = random.Random(seed)
     drafters = [Drafter(NgramIndex(4, 2), 0.7) for _ in range(num_rows)]
     sequence = Sequence("r", 0, [1], SamplingParams(), seed=0, max_model_len=8)
-    row = ScheduledRow(sequence, 1, [])
+    row = ScheduledRow(sequence, 1, ())
     plain_seconds = seconds = num_tokens = 0.0
     for _ in range(num_steps):
         proposals = [
@@ -317,7 +317,7 @@ def times_of_plain_steps(payoff: Payoff, num_rows: int) -> None:
 
 
 def proposals(*rates: float) -> list[Proposal]:
-    row = ScheduledRow(Sequence("r", 0, [1], SamplingParams(), seed=0, max_model_len=8), 1, [])
+    row = ScheduledRow(Sequence("r", 0, [1], SamplingParams(), seed=0, max_model_len=8), 1, ())
     return [Proposal(row, [1] * 7, rate, is_long=True) for rate in rates]
 
 
