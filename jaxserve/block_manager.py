@@ -67,8 +67,16 @@ class BlockManager:
         in_use = sum(self._ref_counts[block] > 0 for block in found)  # the others are in the free list
         return self.blocks_needed(sequence, sequence.num_uncomputed_tokens) - in_use <= len(self._free)
 
+    def has_cached(self, sequence: Sequence, num_tokens: int) -> bool:
+        """Whether the cache has so many tokens of a sequence, or more. Mostly not, which the last block tells."""
+        num_blocks = -(-num_tokens // self.block_size)
+        return num_blocks <= self._num_cacheable_blocks(sequence) and all(
+            sequence.block_hash(i, self.block_size) in self._block_of_hash
+            for i in reversed(range(num_blocks))
+        )
+
     def allocate(self, sequence: Sequence, num_tokens: int) -> Copies | None:
-        """Give `sequence` the blocks for its next `num_tokens` tokens, writable by it alone.
+        """Give `sequence` the blocks for its next `num_tokens` tokens, one or more, writable by it alone.
 
         Returns:
             The copies that the step must do first, or None (and nothing changed) if blocks ran out.
@@ -178,14 +186,18 @@ class BlockManager:
     def _cached_prefix(self, sequence: Sequence) -> list[int]:
         """The blocks of the longest prefix that the cache has, short of the last token."""
         blocks: list[int] = []
-        if not self._caching or sequence.rates_prompt:  # what is not computed cannot be rated
-            return blocks
-        for i in range((len(sequence) - 1) // self.block_size):
+        for i in range(self._num_cacheable_blocks(sequence)):
             block = self._block_of_hash.get(sequence.block_hash(i, self.block_size))
             if block is None:
                 break
             blocks.append(block)
         return blocks
+
+    def _num_cacheable_blocks(self, sequence: Sequence) -> int:
+        """Blocks that need not be computed, if they are cached: whole ones, short of the last token."""
+        if not self._caching or sequence.rates_prompt:  # what is not computed cannot be rated
+            return 0
+        return (len(sequence) - 1) // self.block_size
 
     def _must_copy(self, sequence: Sequence) -> bool:
         """Whether the next token goes into a block that others reference too."""

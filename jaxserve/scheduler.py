@@ -2,8 +2,8 @@
 
 Continuous batching (Orca, OSDI '22) over a paged KV cache (PagedAttention, SOSP '23) with chunked prefill
 (Sarathi-Serve, OSDI '24). By priority, then first come, first served: the most urgent sequence always makes progress,
-but a long prompt where another one is under way, which ends first; and the least urgent is the one that is preempted.
-So nobody starves but by requests of higher priority.
+and the least urgent is the one that is preempted, so nobody starves but by requests of higher priority. Beside streams
+one long prompt is computed at a time; a more urgent one takes over at the next chunk.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from jaxserve.sequence import Sequence, SequenceStatus
 from jaxserve.step_plan import ScheduledRow, StepPlan
 from jaxserve.waiting_queue import WaitingQueue, urgency
 
-MAX_PASSED_OVER = 8  # long prompts in the queue that a step looks behind
+MAX_PASSED_OVER = 32  # long prompts in the queue that a step looks behind; each costs it 3 µs
 
 
 class Scheduler:
@@ -36,6 +36,7 @@ class Scheduler:
         self.num_preemptions = 0
         self._others_decode = False  # so that long prompts are held back
         self._num_long_tokens = 0  # what the step has left for those
+        self._takes_over: Sequence | None = None  # the long prompt for which all others stop
 
     @property
     def has_work(self) -> bool:
@@ -65,6 +66,7 @@ class Scheduler:
         prompts = [entry for entry in wanted if entry[0] > 1]
         self._others_decode = len(prompts) < len(wanted)
         self._num_long_tokens = self.config.long_prefill_token_threshold
+        self._takes_over = None
         self._make_way()
         num_preemptions = self.num_preemptions
         wanted = [entry for entry in wanted if entry[0] == 1] + prompts
@@ -170,12 +172,14 @@ class Scheduler:
             if num_passed == min(len(self.waiting), MAX_PASSED_OVER):
                 break
             sequence = self.waiting[num_passed]
-            row = None if sequence.num_pending_tokens else self._admit(sequence, budget)
-            if row is None:
-                if self._affordable(sequence, sequence.num_tokens_to_schedule, budget) > 0:
-                    break
+            if self._is_long(sequence) and not self._affordable(
+                sequence, sequence.num_tokens_to_schedule, budget
+            ):
                 num_passed += 1
                 continue
+            row = None if sequence.num_pending_tokens else self._admit(sequence, budget)
+            if row is None:
+                break
             self.waiting.remove(sequence)
             self._start(sequence)
             if sequence.scheduled_at is None:
@@ -213,6 +217,8 @@ class Scheduler:
             return 0
         if num_tokens <= 1 or not self._is_long(sequence):
             return min(num_tokens, budget)
+        if self._takes_over not in (None, sequence):
+            return 0
         if self.config.num_layers:  # the last token is left to a step of all layers, which samples from it
             return 0 if self.layered.is_under_way else min(num_tokens - 1, self.config.max_num_batched_tokens)
         return min(num_tokens, budget, self._num_long_tokens)
@@ -229,9 +235,13 @@ class Scheduler:
 
     def _is_long(self, sequence: Sequence) -> bool:
         """Whether the rest of its prompt is to be held back for the sake of sequences that decode."""
-        is_long = len(sequence) - sequence.num_prefix_tokens > self.config.max_num_batched_tokens
         paces = self.config.num_layers or self.config.long_prefill_token_threshold
-        return is_long and bool(paces) and self._others_decode and sequence.num_tokens_to_schedule > 1
+        if not (paces and self._others_decode and sequence.num_tokens_to_schedule > 1):
+            return False
+        must_be_cached = len(sequence) - self.config.max_num_batched_tokens
+        if sequence.block_table or must_be_cached <= 0:
+            return must_be_cached > sequence.num_prefix_tokens
+        return not self.block_manager.has_cached(sequence, must_be_cached)
 
     def _num_decoding(self) -> int:
         return sum(sequence.num_tokens_to_schedule <= 1 for sequence in self.running)
@@ -286,20 +296,28 @@ class Scheduler:
 
     def _make_way(self) -> None:
         """Where seats or blocks are short, sequences of lower priority give theirs to the most urgent that waits.
-        What they lose is computed again, mostly from the prefix cache."""
+        What they lose is computed again, mostly from the prefix cache. A long prompt of lower priority only stops."""
         while self.running and self.waiting:
-            is_taken = any(map(self._is_long, self.running))  # by a long prompt, which holds back others
-            ahead = islice(self.waiting, MAX_PASSED_OVER)
-            first = next((s for s in ahead if not (is_taken and self._is_long(s))), None)
-            if first is None:
+            under_way = min((s.order[0] for s in self.running if self._is_long(s)), default=None)
+            first = self._first_in_turn(under_way)
+            if first is None or first.num_pending_tokens:
                 return
             is_full = len(self.running) >= self.config.max_num_seqs
-            victim = self.running[-1] if is_full else self._least_urgent_with_blocks()
-            if victim.order[0] <= first.order[0] or first.num_pending_tokens:
-                return
             if not is_full and self.block_manager.has_room_for(first):
+                if under_way is not None and self._is_long(first):
+                    self._takes_over = first
+                return
+            victim = self.running[-1] if is_full else self._least_urgent_with_blocks()
+            if victim.order[0] <= first.order[0]:
                 return
             self._preempt(victim)
+
+    def _first_in_turn(self, under_way: int | None) -> Sequence | None:
+        """The most urgent that waits, but for long prompts that are held back by another, of priority `under_way`."""
+        ahead = islice(self.waiting, MAX_PASSED_OVER)
+        if under_way is None:
+            return next(ahead)
+        return next((s for s in ahead if s.order[0] < under_way or not self._is_long(s)), None)
 
     def _least_urgent_with_blocks(self) -> Sequence:
         """Whom to preempt: of the lowest priority, one that waits with shared blocks, else the youngest that runs or is

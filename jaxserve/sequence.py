@@ -36,7 +36,7 @@ class Sequence:
         sampled_row: row of the sequence in the last step that sampled from it.
         num_published_blocks: leading blocks that the prefix cache has been told of.
         num_cached_tokens: prompt tokens whose KV came from the prefix cache when it was first scheduled.
-        num_prefix_tokens: what the prefix cache had when it was last asked; less, once it has been preempted.
+        num_prefix_tokens: what the prefix cache had when the sequence last got its first blocks.
         siblings: sequences of the same request that have not been forked off yet. They join once everything
             but the last prompt token is computed, sharing this sequence's blocks.
         constraint: where the text is in what it must be; None if it is free.
@@ -54,8 +54,7 @@ class Sequence:
         "draw_inputs", "eos_token_ids", "finish_reason", "index", "max_len", "needs_values", "num_cached_tokens",
         "num_computed_tokens", "num_pending_tokens", "num_prefix_tokens", "num_prompt_tokens", "num_published_blocks",
         "num_rated_tokens", "order", "params", "reports_logprobs", "request_id", "sampled_row", "scheduled_at", "seed",
-        "siblings",
-        "status", "stop_reason", "token_ids",
+        "siblings", "status", "stop_reason", "token_ids",
     )  # fmt: skip
 
     def __init__(

@@ -21,7 +21,7 @@ from hypothesis.stateful import (
 from jaxserve.block_manager import NULL_BLOCK
 from jaxserve.config import SpeculativeConfig
 from jaxserve.sampling_params import SamplingParams
-from jaxserve.scheduler import Scheduler
+from jaxserve.scheduler import MAX_PASSED_OVER, Scheduler
 from jaxserve.sequence import Sequence, SequenceStatus
 from jaxserve.speculation import DraftRow, Speculation
 from jaxserve.step_plan import StepPlan
@@ -132,8 +132,13 @@ class EngineStates(RuleBasedStateMachine):
         while self.under_way and self.under_way[-1].plan.num_drafts:
             self.take_results()
         ran, waited = list(self.scheduler.running), list(self.scheduler.waiting)
+        has_chunk = self.scheduler.layered.is_under_way
+        held_back = self.held_back(waited, has_chunk=has_chunk)
         plan = self.scheduler.schedule()
-        self.check_priorities(ran, waited)
+        held_back |= self.held_back(
+            waited, has_chunk=has_chunk
+        )  # the step gave away, or filled, what they found in the cache
+        self.check_priorities(ran, waited, held_back)
         num_preemptions = self.scheduler.num_preemptions
         self.speculation.add_drafts(plan)
         assert self.scheduler.num_preemptions == num_preemptions, "somebody made room for drafts"
@@ -168,19 +173,35 @@ class EngineStates(RuleBasedStateMachine):
         # each row samples something of its own, most of them no end of sequence
         self.under_way.append(UnderWay(plan, [(token + index) % 3 for index in range(len(plan.rows))]))
 
-    def check_priorities(self, ran: list[Sequence], waited: list[Sequence]) -> None:
+    def held_back(self, waited: list[Sequence], *, has_chunk: bool) -> dict[Sequence, int]:
+        """Long prompts, each with the lowest priority of a prompt that it waits for: of one that is as urgent, or,
+        while a chunk is computed by layers, of any."""
+        manager, limit = self.scheduler.block_manager, self.scheduler.config.max_num_batched_tokens
+        cached = {s: BLOCK_SIZE * len(manager._cached_prefix(s)) for s in waited}
+        long_ones = [
+            s for s in waited if len(s) - (s.num_prefix_tokens if s.block_table else cached[s]) > limit
+        ]
+        return {s: 2 if has_chunk else s.order[0] for s in long_ones}
+
+    def check_priorities(
+        self, ran: list[Sequence], waited: list[Sequence], held_back: dict[Sequence, int]
+    ) -> None:
         """Nobody lost its place to a request that is less urgent, nor was admitted before a more urgent one, but for
-        long prompts, which can be held back by another."""
+        long prompts that are held back by another."""
         running = self.scheduler.running
         preempted = [s for s in ran if s.status is SequenceStatus.WAITING]
+        admitted = [s for s in waited if s.status is SequenceStatus.RUNNING]
+        prompts = [s for s in running if s in admitted or s.num_computed_tokens <= s.num_prompt_tokens]
         left_waiting = [
-            s for s in waited if s.status is SequenceStatus.WAITING and not self.scheduler._is_long(s)
+            s
+            for s in waited
+            if s.status is SequenceStatus.WAITING
+            and not (s in held_back and any(prompt.order[0] <= held_back[s] for prompt in prompts))
         ]
         for sequence in preempted:
             assert all(urgency(other) < urgency(sequence) for other in running)
-        for sequence in waited:
-            if sequence.status is SequenceStatus.RUNNING:
-                assert all(urgency(sequence) < urgency(other) for other in left_waiting)
+        for sequence in admitted:
+            assert all(urgency(sequence) < urgency(other) for other in left_waiting)
 
     @rule(sequence=consumes(requests))
     def abort(self, sequence: Sequence) -> None:
@@ -376,6 +397,74 @@ def test_nobody_is_preempted_for_a_long_prompt_that_is_held_back() -> None:
     for _ in range(3):  # the first is done
         run_step(scheduler)
     assert "another" in names(scheduler.running)
+
+
+@pytest.mark.parametrize("num_layers", [0, 3], ids=["by tokens", "by layers"])
+def test_an_urgent_long_prompt_takes_over_at_the_next_chunk(num_layers: int) -> None:
+    scheduler = make_scheduler(**PACED, num_layers=num_layers)
+    scheduler.add(make_sequence("stream", [2, 2], max_tokens=60, max_model_len=100))
+    run_step(scheduler)
+    patient = make_sequence("patient", [1] * 60, max_tokens=1, max_model_len=100, priority=1)
+    scheduler.add(patient)
+    run_step(scheduler)
+    urgent = make_sequence("urgent", [3] * 60, max_tokens=1, max_model_len=100)
+    scheduler.add(urgent)
+    done = patient.num_computed_tokens
+    while urgent.status is not SequenceStatus.FINISHED:
+        run_step(scheduler)
+        scheduler.check_integrity()
+    assert patient.status is SequenceStatus.RUNNING
+    assert patient.num_computed_tokens <= done + 8  # the chunk that was under way, and what the last one left
+    assert scheduler.num_preemptions == 0
+    while patient.status is not SequenceStatus.FINISHED:
+        run_step(scheduler)
+
+
+def test_a_long_prompt_that_is_as_urgent_as_the_one_under_way_waits_for_its_end() -> None:
+    scheduler = make_scheduler(**PACED)
+    scheduler.add(make_sequence("stream", [2, 2], max_tokens=60, max_model_len=100))
+    run_step(scheduler)
+    for name in ("first", "second"):
+        scheduler.add(make_sequence(name, [len(name)] * 20, max_tokens=1, max_model_len=100))
+    assert [rows_of(run_step(scheduler))[1:] for _ in range(4)] == [[("first", 4)]] * 4
+
+
+def test_with_all_seats_taken_an_urgent_prompt_that_is_mostly_cached_gets_one_beside_a_long_one() -> None:
+    scheduler = make_scheduler(**PACED, max_num_seqs=3)
+    scheduler.add(make_sequence("before", [3] * 21, max_tokens=1))
+    while scheduler.has_work:
+        run_step(scheduler)
+    for name in ("stream", "other stream"):
+        scheduler.add(make_sequence(name, [2, 2], max_tokens=60, max_model_len=100, priority=1))
+    run_step(scheduler)
+    scheduler.add(make_sequence("long", [1] * 30))
+    run_step(scheduler)
+    scheduler.add(make_sequence("cached", [3] * 21))
+    assert rows_of(run_step(scheduler)) == [("stream", 1), ("cached", 1), ("long", 4)]
+    assert names(scheduler.waiting) == ["other stream"]
+
+
+def test_a_short_prompt_passes_many_long_ones_which_are_not_looked_up_meanwhile(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    scheduler = make_scheduler(**PACED | {"num_blocks": 1000})
+    scheduler.add(make_sequence("stream", [2, 2], max_tokens=60, max_model_len=100))
+    run_step(scheduler)
+    for i in range(MAX_PASSED_OVER):
+        scheduler.add(make_sequence(f"long {i}", [i + 3] * 20))
+    scheduler.add(make_sequence("short", [1, 1]))
+    looked_up: list[str] = []
+    manager = scheduler.block_manager
+    take_cached_prefix = manager.take_cached_prefix
+
+    def count(sequence: Sequence) -> int:
+        looked_up.append(sequence.request_id)
+        return take_cached_prefix(sequence)
+
+    monkeypatch.setattr(manager, "take_cached_prefix", count)
+    assert rows_of(run_step(scheduler)) == [("stream", 1), ("long 0", 4), ("short", 2)]
+    assert rows_of(run_step(scheduler)) == [("stream", 1), ("short", 1), ("long 0", 4)]
+    assert looked_up == ["long 0", "short"]
 
 
 def test_what_is_cached_does_not_make_a_prompt_long() -> None:
