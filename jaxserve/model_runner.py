@@ -45,6 +45,7 @@ from jaxserve.step import ModelDefinition, Pools, StepOutputs, logits_sizes, mak
 from jaxserve.step_inputs import pack_step
 from jaxserve.step_plan import ScheduledRow, StepPlan
 from jaxserve.step_shapes import StepProgram, step_programs, step_shapes, token_buckets
+from jaxserve.trace_cache import TraceCache
 from jaxserve.weight_layouts import loop_copies_table
 
 ROW_MULTIPLE = 8
@@ -216,6 +217,9 @@ class ModelRunner:
         self._pools: Pools
         self._all_logits: jax.stages.Wrapped | None = None
         self._tracing = threading.Lock()
+        # tried where weights have no layouts of their own
+        keeps_traces = config.compilation_cache and self.platform == "cpu" and self.devices.group.size == 1
+        self._traces = TraceCache(config, self.model_config, self.devices.kind) if keeps_traces else None
         with ThreadPoolExecutor(COMPILE_THREADS + 1, thread_name_prefix="startup") as pool:
             started = time.monotonic()
             loading = pool.submit(self._load, checkpoint, report)
@@ -506,8 +510,12 @@ class ModelRunner:
         leaves = devices.abstract_weights(self._definition.names, self._definition.abstract())
         pools = devices.abstract_shards(self._abstract_pools(num_blocks))
         packed = devices.abstract_everywhere(jax.ShapeDtypeStruct((program.layout.size,), jnp.int32))
+        arguments = leaves, pools, self._slots.on_device(), packed
         with self._tracing:  # one after the other: the first is being compiled while the next one is traced
-            lowered = jax.jit(step, donate_argnums=1).lower(leaves, pools, self._slots.on_device(), packed)
+            if self._traces is None:
+                lowered = jax.jit(step, donate_argnums=1).lower(*arguments)
+            else:
+                lowered = self._traces.lower(step, arguments, program, donate=1)
         return lowered.compile()
 
     def _abstract_pools(self, num_blocks: int) -> Any:

@@ -130,7 +130,9 @@ def _greedy_only(model: str) -> LLM:
         mock.patch.object(step, "sample", sample),
         mock.patch.object(step, "_prompt_logprobs", prompt_logprobs),
     ):
-        return LLM(model, max_model_len=1024)
+        return LLM(
+            model, max_model_len=1024, compilation_cache=False
+        )  # which would take it for the whole step
 
 
 def _prompt(args: argparse.Namespace, length: int | None = None) -> list[int]:

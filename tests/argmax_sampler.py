@@ -10,7 +10,7 @@ from unittest import mock
 import jax
 import jax.numpy as jnp
 
-from jaxserve import sampler, step
+from jaxserve import sampler, step, trace_cache
 from jaxserve.sampler import SampleOutputs, SamplingInputs
 from jaxserve.sharding import VocabShard
 
@@ -18,7 +18,11 @@ from jaxserve.sharding import VocabShard
 @contextmanager
 def argmax_alone() -> Iterator[None]:
     """Engines that are made meanwhile take the likeliest token, whatever they are asked, and report no logprobs."""
-    with mock.patch.object(step, "sample", _sample):
+    code = trace_cache.code_digest() + " with the argmax"
+    with (
+        mock.patch.object(step, "sample", _sample),
+        mock.patch.object(trace_cache, "code_digest", return_value=code),
+    ):
         yield
 
 

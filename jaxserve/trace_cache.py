@@ -1,0 +1,95 @@
+"""Traced programs on disk: a start does not trace again what an earlier one has traced.
+
+XLA's own cache has what it compiled, and finds it by the program, which has to be traced first; that takes longer than
+all that the cache then saves. So the program is kept as well (StableHLO, by `jax.export`), under a name made of all
+that a trace depends on.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import platform
+from collections.abc import Callable
+from functools import cache
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.export
+
+from jaxserve.config import cache_dir
+from jaxserve.kernels.reference import QuantizedPool
+from jaxserve.logits_processors import SlotTables
+from jaxserve.step import Pools, StepOutputs
+
+TRACED_WITH = ("jax", "jaxlib", "flax", "numpy", "ml-dtypes")
+DIGEST_BYTES = hashlib.sha256().digest_size
+
+logger = logging.getLogger(__name__)
+
+for kind in (Pools, StepOutputs, SlotTables, QuantizedPool):
+    jax.export.register_namedtuple_serialization(kind, serialized_name=f"jaxserve.{kind.__name__}")
+
+
+class TraceCache:
+    """Programs of one device under the cache directory.
+
+    Args:
+        described: what they are made from. Its repr tells one from another.
+    """
+
+    def __init__(self, *described: object) -> None:
+        self._directory = cache_dir() / "traced"
+        self._described = described
+
+    def lower(
+        self, function: Callable[..., Any], arguments: tuple[Any, ...], *described: object, donate: int
+    ) -> jax.stages.Lowered:
+        """What `jax.jit(function).lower(*arguments)` gives, with argument `donate` donated. `described`: what this
+        function is made from, beside what all are."""
+        shapes = jax.tree.map(lambda leaf: f"{leaf.dtype}{leaf.shape}", arguments)
+        everything = self._described, described, shapes, jax.config.values, code_digest()
+        path = self._directory / hashlib.sha256(repr(everything).encode()).hexdigest()
+        exported = _read(path)
+        if exported is None:
+            exported = jax.export.export(jax.jit(function))(*arguments)
+            _write(path, exported)
+        return jax.jit(exported.call, donate_argnums=donate).lower(*arguments)
+
+
+def _read(path: Path) -> jax.export.Exported | None:
+    """None if there is no such file, or not all of it."""
+    try:
+        content = path.read_bytes()
+    except OSError:
+        return None
+    digest, program = content[:DIGEST_BYTES], content[DIGEST_BYTES:]
+    if hashlib.sha256(program).digest() != digest:
+        return None
+    return jax.export.deserialize(bytearray(program))
+
+
+def _write(path: Path, exported: jax.export.Exported) -> None:
+    """At once or not at all: others may be reading and writing it."""
+    program = bytes(exported.serialize())
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = path.with_suffix(f".{os.getpid()}")
+        unfinished.write_bytes(hashlib.sha256(program).digest() + program)
+        unfinished.replace(path)
+    except OSError as error:
+        logger.warning("cannot keep traced programs in %s: %s", path.parent, error)
+
+
+@cache
+def code_digest() -> str:
+    """Of this package's source, and the versions of what traces it."""
+    digest = hashlib.sha256(repr([platform.python_version(), *map(version, TRACED_WITH)]).encode())
+    root = Path(__file__).parent
+    for path in sorted(root.rglob("*.py")):
+        digest.update(f"{path.relative_to(root)}\0".encode())
+        digest.update(hashlib.sha256(path.read_bytes()).digest())
+    return digest.hexdigest()
