@@ -18,7 +18,7 @@ from jaxserve.config import EngineConfig
 from jaxserve.engine import Engine
 from jaxserve.errors import RequestError
 from jaxserve.messages import AbortRequest, AddRequest, SequenceOutput
-from jaxserve.model_runner import PROGRAM_BYTES_GUESS, ModelRunner
+from jaxserve.model_runner import PROGRAM_BYTES_GUESS, ModelRunner, StepResult
 from jaxserve.sampling_params import SamplingParams
 from jaxserve.step import logits_sizes
 from jaxserve.step_shapes import StepShape, step_programs, step_shapes, token_buckets
@@ -487,6 +487,29 @@ def test_one_program_and_one_transfer_each_way_per_step(
     assert all(len(shape) == 1 for shape in calls)  # one packed array
     assert len(uploads) == 1
     assert engine.stats().xla_compilations == 0
+
+
+def test_a_step_that_samples_nothing_is_waited_for_like_any_other(
+    runner: ModelRunner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Or the time of a chunk would count as that of the step behind it."""
+    ended: list[bool] = []
+    wait = StepResult.wait
+
+    def noting(result: StepResult) -> None:
+        wait(result)
+        ended.append(result._outputs.sampled.is_ready())
+
+    monkeypatch.setattr(StepResult, "wait", noting)
+    engine = make_engine(runner, max_num_batched_tokens=16)
+    engine.add_request(
+        AddRequest(request_id="r", prompt_token_ids=[1] * 60, params=SamplingParams(max_tokens=1))
+    )
+    for num_steps in (1, 2, 3):
+        assert not any(output.token_ids for output in engine.step().outputs)
+        assert ended == [True] * num_steps
+    (output,) = engine.step().outputs
+    assert output.finish_reason == "length"
 
 
 def test_the_pool_is_updated_in_place(runner: ModelRunner) -> None:
