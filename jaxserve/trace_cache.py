@@ -26,6 +26,7 @@ from jaxserve.logits_processors import SlotTables
 from jaxserve.step import Pools, StepOutputs
 
 TRACED_WITH = ("jax", "jaxlib", "flax", "numpy", "ml-dtypes")
+ROOT = Path(__file__).parent
 DIGEST_BYTES = hashlib.sha256().digest_size
 
 logger = logging.getLogger(__name__)
@@ -88,8 +89,15 @@ def _write(path: Path, exported: jax.export.Exported) -> None:
 def code_digest() -> str:
     """Of this package's source, and the versions of what traces it."""
     digest = hashlib.sha256(repr([platform.python_version(), *map(version, TRACED_WITH)]).encode())
-    root = Path(__file__).parent
-    for path in sorted(root.rglob("*.py")):
-        digest.update(f"{path.relative_to(root)}\0".encode())
-        digest.update(hashlib.sha256(path.read_bytes()).digest())
+    for path in source_files():
+        digest.update(f"{path}\0".encode())
+        digest.update(hashlib.sha256((ROOT / path).read_bytes()).digest())
     return digest.hexdigest()
+
+
+def source_files() -> list[Path]:
+    """Of this package, below ROOT. In a checkout some of its folders are symbolic links."""
+    folders = os.walk(ROOT, followlinks=True)
+    return sorted(
+        (Path(at) / n).relative_to(ROOT) for at, _, names in folders for n in names if n.endswith(".py")
+    )

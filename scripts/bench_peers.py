@@ -83,7 +83,7 @@ def main() -> None:
     )
     parser.add_argument("servers", nargs="+", type=Server.parse, metavar="NAME=PORT=COMMAND")
     parser.add_argument("--turns", type=int, default=3)
-    parser.add_argument("--load", nargs="+", choices=LOADS, default=list(LOADS))
+    parser.add_argument("--load", nargs="*", choices=LOADS, default=list(LOADS), help="none: starts alone")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     found: dict[str, dict[tuple[str, str], list[float]]] = defaultdict(lambda: defaultdict(list))

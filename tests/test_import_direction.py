@@ -31,7 +31,7 @@ RANKS = [  # from the bottom up; modules of one rank do not import each other
     "constraints.backends.llguidance constraints.backends.outlines constraints.backends.lm_format_enforcer",
     "constraints.compiler", "constraints.worker constraints.text_constraints",
     "beams request_check speculation",
-    "lockstep", "model_runner", "engine", "llm engine_server", "engine_client follower",
+    "lockstep trace_cache", "model_runner", "engine", "llm engine_server", "engine_client follower",
     "api", "api.errors api.fields api.auth api.cors api.field_texts api.tool_calls",
     "api.constraints api.http_server", "api.tools",
     "api.request_tables api.openapi_responses", "api.protocol api.openapi", "api.prompts", "api.generation",
@@ -43,7 +43,7 @@ RANKS = [  # from the bottom up; modules of one rank do not import each other
 RANK = {name: rank for rank, names in enumerate(RANKS) for name in names.split()}
 UPWARDS = {("tokenizer", "gguf_tokenizer")}  # deferred: only where a GGUF file is loaded
 JAX = ["models.layers", "models.llama", "kv_cache", "step", "sampler", "logits_processors", "slot_tables"]
-JAX += ["compilation", "model_runner", "sharding", "lockstep", "weight_layouts"]
+JAX += ["compilation", "model_runner", "sharding", "lockstep", "trace_cache", "weight_layouts"]
 MODULES = {
     ".".join(p.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): p
     for p in sorted({*ROOT.rglob("*.py"), *(ROOT / "api").glob("*.py"), *(ROOT / "kernels").glob("*.py")})

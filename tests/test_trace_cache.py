@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -69,6 +70,20 @@ def test_another_program_is_traced_by_itself(differs: str, monkeypatch: pytest.M
     with jax.default_matmul_precision("float32" if differs == "jax's settings" else None):
         TraceCache(model).lower(function.anew(), arguments, program, donate=0)
     assert function.num_traces == 2
+
+
+def test_a_change_of_any_module_makes_another_program() -> None:
+    loaded = {
+        Path(module.__file__).relative_to(trace_cache.ROOT)
+        for name, module in sys.modules.items()
+        if name.startswith("jaxserve.") and module.__file__
+    }
+    assert loaded >= {
+        Path("step.py"),
+        Path("kernels/blocked_attention.py"),
+        Path("models/loader/__init__.py"),
+    }
+    assert loaded <= set(trace_cache.source_files())
 
 
 @pytest.mark.parametrize("damage", [b"", b"short", None])
