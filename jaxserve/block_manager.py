@@ -68,12 +68,15 @@ class BlockManager:
         return self.blocks_needed(sequence, sequence.num_uncomputed_tokens) - in_use <= len(self._free)
 
     def has_cached(self, sequence: Sequence, num_tokens: int) -> bool:
-        """Whether the cache has so many tokens of a sequence, or more. Mostly not, which the last block tells."""
+        """Whether the cache has so many tokens of a sequence, or more. Mostly it has not: then no more is hashed than
+        up to the first block that is missing, and the next time that one is asked for first."""
         num_blocks = -(-num_tokens // self.block_size)
-        return num_blocks <= self._num_cacheable_blocks(sequence) and all(
-            sequence.block_hash(i, self.block_size) in self._block_of_hash
-            for i in reversed(range(num_blocks))
-        )
+        if num_blocks > self._num_cacheable_blocks(sequence):
+            return False
+        hashed = sequence.block_hashes
+        if hashed and hashed[min(len(hashed), num_blocks) - 1] not in self._block_of_hash:
+            return False
+        return all(sequence.block_hash(i, self.block_size) in self._block_of_hash for i in range(num_blocks))
 
     def allocate(self, sequence: Sequence, num_tokens: int) -> Copies | None:
         """Give `sequence` the blocks for its next `num_tokens` tokens, one or more, writable by it alone.

@@ -130,9 +130,8 @@ def _greedy_only(model: str) -> LLM:
         mock.patch.object(step, "sample", sample),
         mock.patch.object(step, "_prompt_logprobs", prompt_logprobs),
     ):
-        return LLM(
-            model, max_model_len=1024, compilation_cache=False
-        )  # which would take it for the whole step
+        # whose traces would be taken for those of the whole step
+        return LLM(model, max_model_len=1024, compilation_cache=False)
 
 
 def _prompt(args: argparse.Namespace, length: int | None = None) -> list[int]:

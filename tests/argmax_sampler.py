@@ -18,10 +18,10 @@ from jaxserve.sharding import VocabShard
 @contextmanager
 def argmax_alone() -> Iterator[None]:
     """Engines that are made meanwhile take the likeliest token, whatever they are asked, and report no logprobs."""
-    code = trace_cache.code_digest() + " with the argmax"
+    code = f"{trace_cache.LOADED_CODE} with the argmax"
     with (
         mock.patch.object(step, "sample", _sample),
-        mock.patch.object(trace_cache, "code_digest", return_value=code),
+        mock.patch.multiple(trace_cache, LOADED_CODE=code, code_digest=lambda: code),
     ):
         yield
 

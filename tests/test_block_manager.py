@@ -420,6 +420,73 @@ def test_an_urgent_long_prompt_takes_over_at_the_next_chunk(num_layers: int) -> 
         run_step(scheduler)
 
 
+def test_nobody_is_preempted_for_an_urgent_long_prompt_while_a_chunk_is_computed() -> None:
+    scheduler = make_scheduler(**PACED, num_layers=12, max_num_seqs=3)
+    for name, length, priority in (("stream", 2, 0), ("patient stream", 6, 2), ("patient", 60, 1)):
+        prompt = make_sequence(name, [5] * length, max_tokens=40, max_model_len=100, priority=priority)
+        scheduler.add(prompt)
+        run_step(scheduler)
+    scheduler.add(make_sequence("urgent", [3] * 60, max_tokens=1, max_model_len=100))
+    while "urgent" not in names(scheduler.running):
+        assert scheduler.num_preemptions == 0
+        run_step(scheduler)
+    assert names(scheduler.running) == ["stream", "urgent", "patient"]
+
+
+@pytest.mark.parametrize("num_layers", [0, 6], ids=["by tokens", "by layers"])
+def test_short_prompts_do_not_keep_an_urgent_long_one_from_taking_over(num_layers: int) -> None:
+    scheduler = make_scheduler(**PACED | {"num_blocks": 400}, num_layers=num_layers, max_num_seqs=16)
+    scheduler.add(make_sequence("stream", [2, 2], max_tokens=90, max_model_len=100))
+    run_step(scheduler)
+    patient = make_sequence("patient", [1] * 95, max_tokens=5, max_model_len=100, priority=2)
+    scheduler.add(patient)
+    run_step(scheduler)
+    urgent = make_sequence("urgent", [3] * 40, max_tokens=1, max_model_len=100, priority=1)
+    scheduler.add(urgent)
+    for i in range(16):  # a chunk by layers takes twelve steps
+        scheduler.add(make_sequence(f"short {i}", [i + 4, 7, 9], max_tokens=2))
+        run_step(scheduler)
+    assert urgent.status is not SequenceStatus.WAITING
+    assert (
+        patient.num_computed_tokens <= 36
+    )  # by tokens it goes on once the other one is done, after ten steps
+
+
+def test_a_long_prompt_goes_on_where_a_more_urgent_one_cannot_start() -> None:
+    """By layers it takes nothing of a step's budget, which the streams use up."""
+    scheduler = make_scheduler(**PACED | {"budget": 4}, num_layers=2, max_num_seqs=8)
+    for i in range(3):
+        scheduler.add(make_sequence(f"stream {i}", [2], max_tokens=90, max_model_len=100))
+    run_step(scheduler)
+    patient = make_sequence("patient", [1] * 40, max_tokens=1, max_model_len=100, priority=2)
+    scheduler.add(patient)
+    while patient.status is SequenceStatus.WAITING:
+        run_step(scheduler)
+    scheduler.add(make_sequence("stream 3", [2], max_tokens=90, max_model_len=100))
+    run_step(scheduler)
+    scheduler.add(make_sequence("urgent", [3] * 40, max_tokens=1, max_model_len=100, priority=1))
+    before = patient.num_computed_tokens
+    for _ in range(20):
+        run_step(scheduler)
+    assert patient.num_computed_tokens >= before + 8
+
+
+def test_prompts_that_wait_are_hashed_no_further_than_the_cache_goes() -> None:
+    scheduler = make_scheduler(**PACED | {"num_blocks": 1000, "max_model_len": 1000})
+    scheduler.add(make_sequence("before", [9] * 10, max_tokens=1))
+    while scheduler.has_work:
+        run_step(scheduler)
+    scheduler.add(make_sequence("stream", [2, 2], max_tokens=60, max_model_len=100))
+    run_step(scheduler)
+    scheduler.add(make_sequence("long", [1] * 400, max_model_len=1000))
+    held_back = [make_sequence(f"held back {i}", [9] * 8 + [i] * 400, max_model_len=1000) for i in range(3)]
+    for sequence in held_back:
+        scheduler.add(sequence)
+    for _ in range(3):
+        run_step(scheduler)
+    assert [len(sequence.block_hashes) for sequence in held_back] == [3] * 3
+
+
 def test_a_long_prompt_that_is_as_urgent_as_the_one_under_way_waits_for_its_end() -> None:
     scheduler = make_scheduler(**PACED)
     scheduler.add(make_sequence("stream", [2, 2], max_tokens=60, max_model_len=100))

@@ -1,4 +1,4 @@
-"""A program that has been traced once is found again by all that its trace depends on, and by nothing less."""
+"""A program that has been traced once is found again where all that its trace depends on is the same."""
 
 from __future__ import annotations
 
@@ -66,6 +66,7 @@ def test_another_program_is_traced_by_itself(differs: str, monkeypatch: pytest.M
         case "dtype":
             arguments = (jax.ShapeDtypeStruct((3,), jnp.bfloat16),)
         case "code":
+            monkeypatch.setattr(trace_cache, "LOADED_CODE", "another version")
             monkeypatch.setattr(trace_cache, "code_digest", lambda: "another version")
     with jax.default_matmul_precision("float32" if differs == "jax's settings" else None):
         TraceCache(model).lower(function.anew(), arguments, program, donate=0)
@@ -84,6 +85,43 @@ def test_a_change_of_any_module_makes_another_program() -> None:
         Path("models/loader/__init__.py"),
     }
     assert loaded <= set(trace_cache.source_files())
+
+
+def test_nothing_is_kept_or_found_where_the_source_is_no_longer_what_was_imported(
+    directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    function = Doubling()
+    TraceCache("model").lower(function.anew(), ARGUMENTS, donate=0)
+    before = sorted(directory.iterdir())
+    monkeypatch.setattr(trace_cache, "code_digest", lambda: "upgraded meanwhile")
+    for model in ("model", "another"):
+        lowered = TraceCache(model).lower(function.anew(), ARGUMENTS, donate=0)
+        assert lowered.compile()(jnp.ones(3)).tolist() == [2.0] * 3
+    assert function.num_traces == 3
+    assert sorted(directory.iterdir()) == before
+
+
+def test_without_source_there_is_nothing_to_tell_versions_apart_by(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    assert trace_cache.code_digest() == trace_cache.LOADED_CODE is not None
+    for root in (tmp_path, tmp_path / "missing"):
+        monkeypatch.setattr(trace_cache, "ROOT", root)
+        monkeypatch.setattr(trace_cache, "__file__", str(root / "trace_cache.pyc"))
+        assert trace_cache.code_digest() is None
+
+
+def test_what_jax_does_not_export_is_lowered_as_it_is(
+    directory: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def export(*_: Any) -> Any:
+        raise ValueError("a custom call without guarantees")
+
+    monkeypatch.setattr(jax.export, "export", export)
+    lowered = TraceCache("model").lower(Doubling().anew(), ARGUMENTS, donate=0)
+    assert lowered.compile()(jnp.ones(3)).tolist() == [2.0] * 3
+    assert "cannot be kept: a custom call without guarantees" in caplog.text
+    assert not directory.exists()
 
 
 @pytest.mark.parametrize("damage", [b"", b"short", None])
