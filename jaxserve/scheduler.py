@@ -10,17 +10,15 @@ from __future__ import annotations
 
 import time
 from bisect import insort
-from itertools import islice
 
 from jaxserve.block_manager import BlockManager
 from jaxserve.config import SchedulerConfig
 from jaxserve.layered_prefill import LayeredPrefill
+from jaxserve.long_prompts import MAX_PASSED_OVER, LongPrompts
 from jaxserve.padding import cut_to_bucket
 from jaxserve.sequence import Sequence, SequenceStatus
 from jaxserve.step_plan import ScheduledRow, StepPlan
 from jaxserve.waiting_queue import WaitingQueue, urgency
-
-MAX_PASSED_OVER = 32  # long prompts in the queue that a step looks behind; each costs it 5 to 10 µs
 
 
 class Scheduler:
@@ -33,10 +31,8 @@ class Scheduler:
         self.running: list[Sequence] = []
         self.parked: list[Sequence] = []
         self.layered = LayeredPrefill(config.num_layers)
+        self._long_prompts = LongPrompts(config, block_manager, self.layered)
         self.num_preemptions = 0
-        self._others_decode = False  # so that long prompts are held back
-        self._num_long_tokens = 0  # what the step has left for those
-        self._takes_over: Sequence | None = None  # the long prompt for which all others stop
 
     @property
     def has_work(self) -> bool:
@@ -64,12 +60,10 @@ class Scheduler:
         rows: dict[Sequence, ScheduledRow] = {}
         wanted = [(sequence.num_tokens_to_schedule, sequence) for sequence in self.running]
         prompts = [entry for entry in wanted if entry[0] > 1]
-        self._others_decode = len(prompts) < len(wanted)
-        self._num_long_tokens = self.config.long_prefill_token_threshold
-        self._takes_over = None
+        self._long_prompts.begin_step(others_decode=len(prompts) < len(wanted))
         self._make_way()
         if len(wanted) - len(prompts) < self.config.max_num_batched_tokens:
-            self._takes_over = self._first_to_take_over()
+            self._long_prompts.let_take_over(self.waiting, self.running)
         num_preemptions = self.num_preemptions
         wanted = [entry for entry in wanted if entry[0] == 1] + prompts
         budget = self._schedule_running(wanted, rows, self.config.max_num_batched_tokens)
@@ -174,9 +168,8 @@ class Scheduler:
             if num_passed == min(len(self.waiting), MAX_PASSED_OVER):
                 break
             sequence = self.waiting[num_passed]
-            if self._is_long(sequence) and not self._affordable(
-                sequence, sequence.num_tokens_to_schedule, budget
-            ):
+            wanted = sequence.num_tokens_to_schedule or 1  # 0: a prompt of one token, for siblings to compute
+            if not self._affordable(sequence, wanted, budget):
                 num_passed += 1
                 continue
             row = None if sequence.num_pending_tokens else self._admit(sequence, budget)
@@ -217,35 +210,16 @@ class Scheduler:
         anyway are computed a chunk at a time and by layers, or share so many tokens of each step."""
         if self.layered.holds(sequence):
             return 0
-        if num_tokens <= 1 or not self._is_long(sequence):
-            return min(num_tokens, budget)
-        if self._takes_over not in (None, sequence):
-            return 0
-        if self.config.num_layers:  # the last token is left to a step of all layers, which samples from it
-            return 0 if self.layered.is_under_way else min(num_tokens - 1, self.config.max_num_batched_tokens)
-        return min(num_tokens, budget, self._num_long_tokens)
+        if num_tokens > 1 and self._long_prompts.includes(sequence):
+            return self._long_prompts.affordable(sequence, num_tokens, budget)
+        return min(num_tokens, budget)
 
     def _place(self, row: ScheduledRow, rows: dict[Sequence, ScheduledRow]) -> int:
         """Let the row be computed in this step, or by layers; returns what that takes of the budget."""
-        if self._is_long(row.sequence):
-            if self.config.num_layers:
-                self.layered.begin(row)
-                return 0
-            self._num_long_tokens -= row.num_tokens
+        if self._long_prompts.includes(row.sequence) and self._long_prompts.place(row):
+            return 0
         rows[row.sequence] = row
         return row.num_tokens
-
-    def _is_long(self, sequence: Sequence) -> bool:
-        """Whether the rest of its prompt is to be held back for the sake of sequences that decode."""
-        paces = self.config.num_layers or self.config.long_prefill_token_threshold
-        if not (paces and self._others_decode and sequence.num_tokens_to_schedule > 1):
-            return False
-        must_be_cached = len(sequence) - self.config.max_num_batched_tokens
-        if must_be_cached <= 0:
-            return False
-        if sequence.block_table:
-            return sequence.num_prefix_tokens < must_be_cached
-        return not self.block_manager.has_cached(sequence, must_be_cached)
 
     def _num_decoding(self) -> int:
         return sum(sequence.num_tokens_to_schedule <= 1 for sequence in self.running)
@@ -302,7 +276,7 @@ class Scheduler:
         """Where seats or blocks are short, sequences of lower priority give theirs to the most urgent that waits and
         can start. What they lose is computed again, mostly from the prefix cache."""
         while self.running and self.waiting:
-            first = self._first_to_start()
+            first = self._long_prompts.first_to_start(self.waiting, self.running)
             if first is None or first.num_pending_tokens:
                 return
             is_full = len(self.running) >= self.config.max_num_seqs
@@ -312,35 +286,6 @@ class Scheduler:
             if victim.order[0] <= first.order[0]:
                 return
             self._preempt(victim)
-
-    def _first_to_start(self) -> Sequence | None:
-        """The most urgent that waits and is not held back: a long prompt is while a chunk is computed by layers, and
-        beside another that is as urgent."""
-        ahead = islice(self.waiting, MAX_PASSED_OVER)
-        priority = self._priority_under_way()
-        if priority is None:
-            return next(ahead)
-        is_busy = self.layered.is_under_way
-        return next(
-            (s for s in ahead if (s.order[0] < priority and not is_busy) or not self._is_long(s)), None
-        )
-
-    def _first_to_take_over(self) -> Sequence | None:
-        """The long prompt that can start in this step if a less urgent one, which is under way, stops."""
-        priority = self._priority_under_way()
-        if priority is None or self.layered.is_under_way or len(self.running) >= self.config.max_num_seqs:
-            return None
-        ahead = islice(self.waiting, MAX_PASSED_OVER)
-        first = next((s for s in ahead if s.order[0] < priority and self._is_long(s)), None)
-        if first is None or first.num_pending_tokens or not self.block_manager.has_room_for(first):
-            return None
-        return first
-
-    def _priority_under_way(self) -> int | None:
-        """Of the most urgent long prompt that has begun, if there is one."""
-        if not self.waiting:
-            return None  # nobody asks, and it costs as much as there are sequences
-        return min((s.order[0] for s in self.running if self._is_long(s)), default=None)
 
     def _least_urgent_with_blocks(self) -> Sequence:
         """Whom to preempt: of the lowest priority, one that waits with shared blocks, else the youngest that runs or is

@@ -20,8 +20,9 @@ from hypothesis.stateful import (
 
 from jaxserve.block_manager import NULL_BLOCK
 from jaxserve.config import SpeculativeConfig
+from jaxserve.long_prompts import MAX_PASSED_OVER
 from jaxserve.sampling_params import SamplingParams
-from jaxserve.scheduler import MAX_PASSED_OVER, Scheduler
+from jaxserve.scheduler import Scheduler
 from jaxserve.sequence import Sequence, SequenceStatus
 from jaxserve.speculation import DraftRow, Speculation
 from jaxserve.step_plan import StepPlan

@@ -21,7 +21,7 @@ RANKS = [  # from the bottom up; modules of one rank do not import each other
     "models models.config",
     "sequence models.rope kernels.paged_attention sharding", "models.layers logits_processors",
     "block_manager models.loader.checkpoint models.loader.hub models.loader.gguf models.loader.safetensors",
-    "waiting_queue step_plan", "layered_prefill padding",
+    "waiting_queue step_plan", "layered_prefill padding", "long_prompts",
     "models.loader.dummy scheduler", "models.loader tokenizer step_inputs slot_tables",
     "models.llama sampler detokenizer gguf_tokenizer",
     "generation_config chat_template killable_worker kv_cache step beam_search", "template_worker",
