@@ -463,8 +463,10 @@ class SocketEngineClient:
 
 
 def engine_environment() -> dict[str, str]:
-    """The engine's environment: the same jaxserve importable from any directory, and no keys."""
+    """The engine's environment: the same jaxserve importable from any directory, no keys, and no threads of numpy's
+    BLAS, which nothing uses: they spin while the engine starts."""
     root = str(Path(__file__).resolve().parent.parent)
     environment = {k: v for k, v in os.environ.items() if k != "JAXSERVE_API_KEY"}
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, [root, environment.get("PYTHONPATH")]))
+    environment.setdefault("OPENBLAS_NUM_THREADS", "1")
     return environment

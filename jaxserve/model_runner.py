@@ -51,6 +51,7 @@ from jaxserve.weight_layouts import loop_copies_table
 ROW_MULTIPLE = 8
 COMPILE_THREADS = 2
 PROGRAM_BYTES_GUESS = 256 << 20
+PROGRAM_BYTES_AT_MOST = 4 << 30  # if there is room for so much, nobody asks what it is
 
 Report = Callable[[str], None]
 """Takes one line for the start-up log."""
@@ -402,7 +403,8 @@ class ModelRunner:
         """Compile all programs, allocate the pools, and run each program as soon as it is there.
 
         The number of blocks is part of the programs' shape and depends on the memory that they need, so they are
-        compiled for a guess; the figures of the largest one, which comes first, confirm or correct it.
+        compiled for a guess. Where that matters, the figures of the largest one, which comes first, confirm or correct
+        it.
         """
 
         def compile_for(num_blocks: int) -> dict[Future[jax.stages.Compiled], int]:
@@ -413,7 +415,9 @@ class ModelRunner:
         free_pools: list[Pools] = []
         if self.platform == "cpu":  # clearing takes time, and the guess is rarely wrong
             free_pools += [self._zero_pools(guess) for _ in range(2 if self._has_room_for_two(guess) else 1)]
-        num_blocks_needed = self._num_blocks(program_bytes=_program_bytes(next(iter(compiling)).result()))
+        num_blocks_needed = self._num_blocks(program_bytes=PROGRAM_BYTES_AT_MOST)
+        if num_blocks_needed != guess:
+            num_blocks_needed = self._num_blocks(program_bytes=_program_bytes(next(iter(compiling)).result()))
         if not guess <= num_blocks_needed <= 1.05 * guess:
             for program in compiling:
                 program.cancel()

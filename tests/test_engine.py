@@ -14,6 +14,7 @@ from typing import Any
 import msgspec
 import pytest
 
+from jaxserve import model_runner
 from jaxserve.config import EngineConfig
 from jaxserve.engine import Engine
 from jaxserve.errors import RequestError
@@ -427,6 +428,21 @@ def test_a_wrong_guess_of_the_number_of_blocks_is_corrected(
     assert corrected.limits.num_blocks == num_blocks
     assert corrected._pools.tokens.shape[0] == num_blocks
     assert corrected._pools.kv.shape[1] == num_blocks  # type: ignore[union-attr]
+
+
+def test_what_programs_need_is_not_asked_where_there_is_room_for_any(
+    runner: ModelRunner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It takes a tenth of a second, for which first runs would wait."""
+
+    def program_bytes(_: Any) -> int:
+        raise AssertionError("it was asked")
+
+    monkeypatch.setattr(model_runner, "_program_bytes", program_bytes)
+    start_another(runner)  # with --kv-cache-memory-bytes
+    monkeypatch.setattr(ModelRunner, "_num_blocks", lambda _, *, program_bytes: 2**40 // program_bytes)
+    with pytest.raises(AssertionError, match="it was asked"):
+        start_another(runner)
 
 
 def test_two_first_runs_at_a_time_need_the_memory_for_it(
