@@ -280,10 +280,10 @@ class Scheduler:
             if first is None or first.num_pending_tokens:
                 return
             is_full = len(self.running) >= self.config.max_num_seqs
-            if not is_full and self.block_manager.has_room_for(first):
-                return
             victim = self.running[-1] if is_full else self._least_urgent_with_blocks()
             if victim.order[0] <= first.order[0]:
+                return
+            if not is_full and self.block_manager.has_room_for(first):
                 return
             self._preempt(victim)
 

@@ -60,9 +60,8 @@ class TraceCache:
         self, function: Callable[..., Any], arguments: tuple[Any, ...], described: tuple[object, ...]
     ) -> jax.export.Exported | None:
         """None where it cannot be kept."""
-        if (
-            LOADED_CODE is None or code_digest() != LOADED_CODE
-        ):  # it is being upgraded while this process starts
+        # without source versions look alike; where it differs, it is being upgraded while this process starts
+        if LOADED_CODE is None or code_digest() != LOADED_CODE:
             return None
         shapes = jax.tree.map(lambda leaf: f"{leaf.dtype}{leaf.shape}", arguments)
         everything = self._described, described, shapes, jax.config.values, LOADED_CODE
